@@ -1,0 +1,316 @@
+"""Self-distillation in one file: a network's deep features guide its own early ones.
+
+The deep feature map (the teacher) goes through a 1x1 convolution, and an early feature map
+(the student) is resized to it; their distance is a second term beside the cross-entropy:
+
+    loss = alpha * MSE(resize(student), conv1x1(teacher)) + (1 - alpha) * CE(logits, labels)
+
+There is no second network: both feature maps come from the one that is trained, for ResNet18 the
+outputs of layer2 and layer4. Copy this file into a project of your own; it needs only torch and
+torchvision:
+
+    model = hooked_resnet18(num_classes=10)
+    criterion = SelfDistillationLoss(alpha=0.5, detach_teacher=True)
+    logits, student, teacher = model(images)
+    loss = criterion(logits, labels, student, teacher)
+
+Give the parameters of both, `model` and `criterion`, to the optimiser: the 1x1 convolution is
+trained too. The idea of teaching a network's shallow layers by its deep ones is that of Zhang et
+al., Be Your Own Teacher, arXiv:1905.08094; the distance between feature maps through a learned
+projection is the hint of Romero et al., FitNets, arXiv:1412.6550, equation 3.
+"""
+import difflib
+import os
+import textwrap
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.transforms import v2
+
+# The statistics that torchvision's ImageNet weights were trained with, in RGB order.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB, turned upright as its EXIF orientation asks.
+
+    16-bit values are scaled to 8 bits (Pillow alone would clip them); transparency is dropped.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns of a transparent palette
+    return image.convert("RGB")
+
+
+def _to_normalized_tensor() -> list[v2.Transform]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+
+
+def train_transform(size: int = 224) -> v2.Compose:
+    """Random crop and mirroring: PIL image -> normalised float tensor (3, size, size).
+
+    Args:
+        size: height and width of the result, in pixels.
+    """
+    return v2.Compose([v2.Lambda(to_rgb), v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
+                       *_to_normalized_tensor()])
+
+
+def val_transform(size: int = 224) -> v2.Compose:
+    """Centre crop at 7/8 of the shorter side: PIL image -> normalised float tensor (3, size, size).
+
+    Args:
+        size: height and width of the result, in pixels; 224 is cut out of 256, as is usual.
+    """
+    return v2.Compose([v2.Lambda(to_rgb), v2.Resize(size * 256 // 224), v2.CenterCrop(size),
+                       *_to_normalized_tensor()])
+
+
+class HookedModel(nn.Module):
+    """Wraps a network so that its forward also returns the output of two of its layers.
+
+    The network itself is untouched and stays at `.model`. The wrapper keeps no feature alive
+    between two calls. Usable as a context manager, which removes the hooks at its end.
+
+    Args:
+        model: any network that maps images to logits.
+        student_layer: dotted name of the shallow layer, as in `model.named_modules()`.
+        teacher_layer: dotted name of the deep layer.
+
+    Shape:
+        - images: (N, 3, H, W)
+        - returns logits (N, num_classes), student features (N, C_s, H_s, W_s) and teacher
+          features (N, C_t, H_t, W_t)
+
+    Raises:
+        ValueError: a layer is not in the network; the message lists close matches.
+
+    Example:
+        >>> with HookedModel(resnet18(num_classes=10)) as hooked:
+        ...     logits, student, teacher = hooked(torch.randn(2, 3, 64, 64))
+        >>> logits.shape, student.shape, teacher.shape
+        (torch.Size([2, 10]), torch.Size([2, 128, 8, 8]), torch.Size([2, 512, 2, 2]))
+    """
+
+    def __init__(self, model: nn.Module, student_layer: str = "layer2.1",
+                 teacher_layer: str = "layer4.1") -> None:
+        super().__init__()
+        layers = [_find_layer(model, name) for name in (student_layer, teacher_layer)]
+        self.model = model
+        self.layer_names = (student_layer, teacher_layer)
+        self._features: list[Tensor | None] | None = None  # a list only while forward runs
+        # partial, not a lambda: copy.deepcopy then ties a copy's hooks to the copy.
+        self._handles = [layer.register_forward_hook(partial(self._record, position))
+                         for position, layer in enumerate(layers)]
+
+    def _record(self, position: int, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if self._features is not None:
+            self._features[position] = output
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._handles:
+            raise RuntimeError("the hooks have been removed: wrap the network in a new HookedModel")
+        self._features = [None, None]
+        try:
+            logits = self.model(images)
+            student, teacher = self._features
+        finally:
+            self._features = None
+        for name, features in zip(self.layer_names, (student, teacher)):
+            if features is None:
+                raise RuntimeError(f"layer {name!r} took no part in the network's forward")
+        return logits, student, teacher
+
+    @torch.no_grad()
+    def feature_channels(self, size: int = 64) -> tuple[int, int]:
+        """Channels of the student's and the teacher's features, from a dry run on one image.
+
+        Args:
+            size: height and width of that image, in pixels.
+        """
+        training = {module: module.training for module in self.modules()}
+        self.eval()  # a dry run in training mode would move the batch norms' statistics
+        like = next(self.parameters())
+        _, student, teacher = self(torch.zeros(1, 3, size, size, device=like.device,
+                                               dtype=like.dtype))
+        for module, mode in training.items():
+            module.training = mode
+        return student.shape[1], teacher.shape[1]
+
+    def remove_hooks(self) -> None:
+        """Leave the network as it was; calling it twice is fine."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> "HookedModel":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove_hooks()
+
+
+def _find_layer(model: nn.Module, name: str) -> nn.Module:
+    layers = dict(model.named_modules())
+    if not name or name not in layers:
+        close = difflib.get_close_matches(name, layers, n=5, cutoff=0.3) or list(layers)[1:6]
+        raise ValueError(f"no layer {name!r} in {type(model).__name__}; did you mean one of "
+                         f"{', '.join(close)}?")
+    return layers[name]
+
+
+def hooked_resnet18(num_classes: int, weights: str | os.PathLike = "imagenet") -> HookedModel:
+    """A torchvision ResNet18 with `num_classes` outputs, hooked at layer2.1 and layer4.1.
+
+    Args:
+        num_classes: outputs of the classifier, at least 1.
+        weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none" (random), or a
+            file that holds a ResNet18's state dict, alone or under the key "model". A file's
+            classifier is kept if it has `num_classes` outputs; otherwise it is made anew.
+
+    Raises:
+        ValueError: num_classes is below 1, or the file holds something else.
+        OSError: the weights cannot be downloaded, or the file cannot be read.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if weights == "none":
+        model = resnet18(num_classes=num_classes)
+    elif weights == "imagenet":
+        model = resnet18(weights=ResNet18_Weights.IMAGENET1K_V1)
+    else:
+        model = _resnet18_from_file(weights)
+    if model.fc.out_features != num_classes or weights == "imagenet":
+        model.fc = nn.Linear(model.fc.in_features, num_classes)
+    return HookedModel(model)
+
+
+def _resnet18_from_file(path: str | os.PathLike) -> nn.Module:
+    state = load_tensors(path)
+    state = state.get("model", state)
+    try:
+        model = resnet18(num_classes=len(state["fc.weight"]))
+        model.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise ValueError(f"{path}: not the weights of a torchvision resnet18: {reason}") from None
+    return model
+
+
+def load_tensors(path: str | os.PathLike) -> dict:
+    """The dict in a file that torch.save wrote. Nothing in the file is ever executed.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is damaged, or holds more than a dict of tensors and plain types.
+    """
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # a damaged file can raise nearly anything
+            content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a checkpoint: damaged, or not a dict of tensors and plain "
+                         "types saved by torch.save")
+    return content
+
+
+class SelfDistillationLoss(nn.Module):
+    r"""Cross-entropy plus the distance of early features from adapted deep ones.
+
+    .. math::
+        L = \alpha \, \mathrm{MSE}(\mathrm{resize}(S), \mathrm{adapter}(T))
+            + (1 - \alpha) \, \mathrm{CE}(\mathrm{logits}, \mathrm{labels})
+
+    The adapter is a 1x1 convolution from the teacher's channels to the student's; resize is
+    bilinear, with align_corners=False, to the teacher's height and width. The defaults give the
+    published formula exactly.
+
+    Args:
+        alpha: weight of the distillation term, in [0, 1]. Default: 0.5
+        student_channels: channels of the student features. Default: 128 (ResNet18's layer2)
+        teacher_channels: channels of the teacher features. Default: 512 (ResNet18's layer4)
+        detach_teacher: stop the gradient at the teacher features, so that the deep layers are
+            not drawn towards the early ones (Chen & He, SimSiam, arXiv:2011.10566, section 4.1).
+            The adapter still learns. Default: False
+        normalize: scale both features to unit length over the channels before they are compared,
+            so that the term changes neither with their magnitude nor with the resolution; it then
+            lies between 0 and 4 / student_channels. Default: False
+        label_smoothing: of the cross-entropy, in [0, 1]. Default: 0.0
+
+    Shape:
+        - student_logits: (N, K); labels: (N)
+        - student_intermediate: (N, student_channels, H, W)
+        - teacher_intermediate: (N, teacher_channels, h, w)
+        - returns a scalar
+
+    Raises:
+        ValueError: an argument, or the number of channels of a feature, is out of range.
+
+    Example:
+        >>> criterion = SelfDistillationLoss(alpha=0.5)
+        >>> logits, labels = torch.randn(2, 10, requires_grad=True), torch.tensor([3, 7])
+        >>> student, teacher = torch.randn(2, 128, 28, 28), torch.randn(2, 512, 7, 7)
+        >>> loss = criterion(logits, labels, student, teacher)
+        >>> loss.backward()
+        >>> loss.shape, criterion.adapter.weight.grad.shape
+        (torch.Size([]), torch.Size([128, 512, 1, 1]))
+    """
+
+    def __init__(self, alpha: float = 0.5, student_channels: int = 128,
+                 teacher_channels: int = 512, detach_teacher: bool = False,
+                 normalize: bool = False, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        for name, value in (("alpha", alpha), ("label_smoothing", label_smoothing)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        for name, value in (("student_channels", student_channels),
+                            ("teacher_channels", teacher_channels)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.alpha = alpha
+        self.detach_teacher = detach_teacher
+        self.normalize = normalize
+        self.label_smoothing = label_smoothing
+        self.adapter = nn.Conv2d(teacher_channels, student_channels, kernel_size=1)
+
+    def forward(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor,
+                teacher_intermediate: Tensor) -> Tensor:
+        ce, distillation = self.terms(student_logits, labels, student_intermediate,
+                                      teacher_intermediate)
+        return self.combine(ce, distillation)
+
+    def terms(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor,
+              teacher_intermediate: Tensor) -> tuple[Tensor, Tensor]:
+        """The two terms apart, neither weighted: cross-entropy, distillation."""
+        ce = F.cross_entropy(student_logits, labels, label_smoothing=self.label_smoothing)
+        return ce, self.distillation(student_intermediate, teacher_intermediate)
+
+    def combine(self, ce: Tensor, distillation: Tensor) -> Tensor:
+        """The loss from its two terms."""
+        return self.alpha * distillation + (1 - self.alpha) * ce
+
+    def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """MSE between the resized student features and the adapted teacher features, a scalar."""
+        for name, features, channels in (("student", student, self.adapter.out_channels),
+                                         ("teacher", teacher, self.adapter.in_channels)):
+            if features.ndim != 4 or features.shape[1] != channels:
+                raise ValueError(f"{name} features must have the shape (N, {channels}, H, W), "
+                                 f"got {tuple(features.shape)}")
+        if self.detach_teacher:
+            teacher = teacher.detach()
+        teacher = self.adapter(teacher)  # (N, C_s, h, w)
+        student = F.interpolate(student, size=teacher.shape[2:], mode="bilinear",
+                                align_corners=False)  # (N, C_s, h, w)
+        if self.normalize:
+            student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+        return F.mse_loss(student, teacher)
