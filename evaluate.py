@@ -192,6 +192,8 @@ def read_checkpoint(path: str | Path) -> dict:
     kinds = {"model": dict, "arch": str, "classes": list, "size": int, "mean": list, "std": list,
              "epoch": int, "val_acc": float, "data": str, "args": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
+    if not wrong and not {"precision", "batch_size"} <= checkpoint["args"].keys():
+        wrong = ["args"]
     if wrong:
         raise UserError(f"{path} is not a checkpoint of train.py: no usable {listed(wrong)} in it")
     return checkpoint

@@ -55,14 +55,15 @@ def _to_normalized_tensor() -> list[v2.Transform]:
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
 
 
-def train_transform(size: int = 224) -> v2.Compose:
+def train_transform(size: int = 224, scale: tuple[float, float] = (0.08, 1.0)) -> v2.Compose:
     """Random crop and mirroring: PIL image -> normalised float tensor (3, size, size).
 
     Args:
         size: height and width of the result, in pixels.
+        scale: least and largest share of the image's area that a crop takes.
     """
-    return v2.Compose([v2.Lambda(to_rgb), v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
-                       *_to_normalized_tensor()])
+    return v2.Compose([v2.Lambda(to_rgb), v2.RandomResizedCrop(size, scale),
+                       v2.RandomHorizontalFlip(), *_to_normalized_tensor()])
 
 
 def val_transform(size: int = 224) -> v2.Compose:
@@ -200,7 +201,7 @@ def _resnet18_from_file(path: str | os.PathLike) -> nn.Module:
     try:
         model = resnet18(num_classes=len(state["fc.weight"]))
         model.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = textwrap.shorten(str(error), 200)
         raise ValueError(f"{path}: not the weights of a torchvision resnet18: {reason}") from None
     return model

@@ -1,0 +1,904 @@
+"""The tests: `python -m unittest`, without a network or data from outside."""
+import contextlib
+import copy
+import doctest
+import gc
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import unittest
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+from urllib.error import URLError
+
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from torch.testing import assert_close
+from torchvision import datasets, models
+from torchvision.models import resnet18
+from torchvision.transforms.v2 import functional
+
+import evaluate
+import selfdistill
+import train
+from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss,
+                         hooked_resnet18, train_transform, val_transform)
+
+HERE = Path(__file__).resolve().parent
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite,
+               pattern: str | None) -> unittest.TestSuite:
+    tests.addTests(doctest.DocTestSuite(selfdistill))
+    return tests
+
+
+def write_images(folder: Path, classes: tuple[str, ...] = ("circle", "square", "star"),
+                 train_count: int = 6, val_count: int = 3) -> Path:
+    """An image folder with so many small drawn shapes a class."""
+    for split, count in (("train", train_count), ("val", val_count)):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for k in range(count):
+                image = train.draw_shape(name, random.Random(f"{split}{name}{k}"), size=40)
+                image.save(folder / split / name / f"{k}.png")
+    return folder
+
+
+def run(main: Callable, *arguments: object) -> str:
+    """What a script prints when it is run with these arguments."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        main([str(argument) for argument in arguments])
+    return output.getvalue()
+
+
+def run_training(data: Path, out: Path, *arguments: object) -> str:
+    """A training run on the smallest images, from random weights unless told otherwise."""
+    return run(train.main, "--data", data, "--out", out, "--size", 32, "--weights", "none",
+               "--epochs", 1, "--batch-size", 8, "--workers", 0, "--precision", "fp32", *arguments)
+
+
+class TestCase(unittest.TestCase):
+    """Gives each test a folder of its own, and the check that every wrong input goes through."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def error_of(self, main: Callable, *arguments: object) -> str:
+        """The one line that a script ends with, at an exit code other than 0."""
+        errors = io.StringIO()
+        with (mock.patch.object(sys, "argv", ["script.py"]), contextlib.redirect_stderr(errors),
+              contextlib.redirect_stdout(io.StringIO()), self.assertRaises(SystemExit) as caught):
+            evaluate.run_script(lambda: main([str(argument) for argument in arguments]))
+        code = caught.exception.code
+        message = code if isinstance(code, str) else errors.getvalue()
+        self.assertTrue(code, "the exit code is that of success")
+        self.assertEqual(message.strip().count("\n"), 0, message)
+        self.assertIn(": error: ", message)
+        return message
+
+
+class TransformTest(TestCase):
+    def test_images_of_every_mode_and_shape_become_normalised_tensors(self) -> None:
+        low = [-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD)]
+        high = [(1 - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD)]
+        for mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"):
+            for shape in ((37, 53), (300, 20), (1, 1)):
+                for transform in (train_transform(48), val_transform(48)):
+                    with self.subTest(mode=mode, shape=shape):
+                        tensor = transform(Image.new(mode, shape))
+                        self.assertEqual(tensor.shape, (3, 48, 48))
+                        self.assertEqual(tensor.dtype, torch.float32)
+                        for channel, least, most in zip(tensor, low, high):
+                            self.assertGreaterEqual(channel.min().item(), least - 1e-5)
+                            self.assertLessEqual(channel.max().item(), most + 1e-5)
+
+    def test_16_bit_values_are_scaled_not_clipped(self) -> None:
+        for value, expected in ((0, 0), (32896, 128), (65535, 255)):
+            pixel = selfdistill.to_rgb(Image.new("I;16", (1, 1), value)).getpixel((0, 0))
+            self.assertEqual(pixel, (expected,) * 3)
+
+    def test_a_picture_turned_by_exif_is_seen_upright(self) -> None:
+        stored = Image.new("L", (64, 64))
+        stored.paste(255, (32, 0, 64, 64))  # the left half black, the right half white
+        exif = Image.Exif()
+        exif[ORIENTATION] = 6  # to be shown turned clockwise: the left side comes to the top
+        stored.save(self.folder / "turned.jpg", exif=exif, quality=95)
+        with Image.open(self.folder / "turned.jpg") as image:
+            tensor = val_transform(64)(image)[0]
+        self.assertLess(tensor[:24].max(), -1.5)
+        self.assertGreater(tensor[40:].min(), 1.5)
+
+    def test_the_val_crop_is_the_middle_224_of_256(self) -> None:
+        image = ImageOps.expand(Image.new("RGB", (224, 224)), border=16, fill="white")
+        black = -torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
+        assert_close(val_transform(224)(image), black[:, None, None].expand(3, 224, 224))
+
+    def test_no_crop_is_smaller_than_the_scale_asks(self) -> None:
+        image = functional.to_pil_image(torch.arange(256, dtype=torch.uint8).expand(256, 256))
+        for _ in range(50):
+            row = train_transform(64, scale=(0.9, 1.0))(image)[0, 0] * IMAGENET_STD[0]
+            width = (row.max() - row.min()).item()  # a share of the image, as it is a ramp
+            self.assertGreater(width, 0.8)
+
+
+class HookedModelTest(unittest.TestCase):
+    def setUp(self) -> None:
+        torch.manual_seed(0)
+        self.model = resnet18(num_classes=10)
+        self.images = torch.randn(2, 3, 64, 64)
+
+    def count_hooks(self) -> int:
+        return sum(len(module._forward_hooks) for module in self.model.modules())
+
+    def test_features_and_logits_are_those_of_the_plain_network(self) -> None:
+        for training in (True, False):
+            model = copy.deepcopy(self.model).train(training)
+            logits, student, teacher = HookedModel(self.model).train(training)(self.images)
+            stem = model.maxpool(model.relu(model.bn1(model.conv1(self.images))))
+            expected_student = model.layer2(model.layer1(stem))
+            expected_teacher = model.layer4(model.layer3(expected_student))
+            expected_logits = model.fc(model.avgpool(expected_teacher).flatten(1))
+            for value, expected in ((logits, expected_logits), (student, expected_student),
+                                    (teacher, expected_teacher)):
+                assert_close(value, expected, rtol=0, atol=0)
+
+    def test_features_come_from_the_layers_named(self) -> None:
+        _, student, teacher = HookedModel(self.model, "layer1", "layer3.0")(self.images)
+        self.assertEqual((student.shape, teacher.shape), ((2, 64, 16, 16), (2, 256, 4, 4)))
+
+    def test_a_wrong_name_lists_close_matches(self) -> None:
+        with self.assertRaisesRegex(ValueError, r"no layer 'layer2.l' in ResNet.*layer2\.1"):
+            HookedModel(self.model, "layer2.l")
+        with self.assertRaisesRegex(ValueError, "no layer ''"):
+            HookedModel(self.model, "layer2.1", "")
+
+    def test_a_layer_outside_forward_is_an_error_not_a_stale_feature(self) -> None:
+        self.model.unused = nn.Identity()
+        with self.assertRaisesRegex(RuntimeError, "'unused' took no part"):
+            HookedModel(self.model, "unused")(self.images)
+
+    def test_the_state_dict_loads_into_plain_torchvision(self) -> None:
+        resnet18(num_classes=10).load_state_dict(HookedModel(self.model).model.state_dict())
+
+    def test_a_deep_copy_has_hooks_of_its_own(self) -> None:
+        original = HookedModel(self.model).eval()
+        duplicate = copy.deepcopy(original)
+        original.remove_hooks()
+        with torch.no_grad():
+            duplicate.model.layer2[1].bn2.weight.zero_()
+            duplicate.model.layer2[1].bn2.bias.fill_(3.0)
+        _, student, _ = duplicate(self.images)
+        self.assertGreaterEqual(student.min(), 3.0)  # relu(3 + what the shortcut brings)
+        duplicate.remove_hooks()
+        self.assertFalse(any(module._forward_hooks for module in duplicate.modules()))
+
+    def test_wrapping_again_and_again_leaves_no_hook_behind(self) -> None:
+        for _ in range(3):
+            with HookedModel(self.model) as first, HookedModel(self.model, "layer1") as second:
+                self.assertEqual(self.count_hooks(), 4)
+                assert_close(first(self.images)[2], second(self.images)[2])
+            first.remove_hooks()
+            self.assertEqual(self.count_hooks(), 0)
+        with self.assertRaisesRegex(RuntimeError, "removed"):
+            first(self.images)
+
+    def test_no_feature_outlives_the_step(self) -> None:
+        hooked = HookedModel(self.model)
+        features = [weakref.ref(tensor) for tensor in hooked(self.images)]
+        self.assertEqual([feature() for feature in features], [None, None, None])
+
+    def test_live_tensors_do_not_grow_over_50_steps(self) -> None:
+        hooked, criterion = HookedModel(self.model), SelfDistillationLoss()
+        optimizer = torch.optim.SGD([*hooked.parameters(), *criterion.parameters()], lr=0.01,
+                                    momentum=0.9)
+
+        def live_tensors_after(steps: int) -> int:
+            for _ in range(steps):
+                logits, student, teacher = hooked(self.images)
+                optimizer.zero_grad()
+                criterion(logits, torch.tensor([1, 2]), student, teacher).backward()
+                optimizer.step()
+            del logits, student, teacher
+            gc.collect()
+            return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+        self.assertEqual(live_tensors_after(2), live_tensors_after(50))
+
+    def test_channels_of_other_networks_are_found(self) -> None:
+        for arch, student, teacher, channels in (
+                ("resnet50", "layer2.3", "layer4.2", (512, 2048)),
+                ("mobilenet_v3_small", "features.4", "features.12", (40, 576)),
+                ("convnext_tiny", "features.3", "features.7", (192, 768))):
+            with self.subTest(arch=arch):
+                hooked = HookedModel(models.get_model(arch, num_classes=10), student, teacher)
+                self.assertEqual(hooked.feature_channels(), channels)
+                criterion = SelfDistillationLoss(0.5, *channels)
+                logits, *features = hooked(self.images)
+                criterion(logits, torch.tensor([1, 2]), *features).backward()
+                self.assertEqual(criterion.adapter.weight.grad.shape, (*channels, 1, 1))
+
+    def test_the_dry_run_leaves_the_network_as_it_was(self) -> None:
+        hooked = HookedModel(self.model).train()
+        self.model.layer1.eval()
+        before = copy.deepcopy(self.model.state_dict())
+        self.assertEqual(hooked.feature_channels(), (128, 512))
+        assert_close(self.model.state_dict(), before, rtol=0, atol=0)
+        self.assertFalse(self.model.layer1[0].bn1.training)
+        self.assertTrue(self.model.layer2[0].bn1.training)
+
+    def test_compiling_loses_no_feature(self) -> None:
+        hooked = HookedModel(self.model).eval()
+        compiled = torch.compile(hooked, backend="eager")
+        for images in (self.images, self.images + 1):
+            assert_close(compiled(images), hooked(images))
+
+
+class WeightsTest(TestCase):
+    def test_random_weights_have_the_classes_asked_for(self) -> None:
+        self.assertEqual(hooked_resnet18(7, "none").model.fc.out_features, 7)
+        with self.assertRaisesRegex(ValueError, "at least 1, got 0"):
+            hooked_resnet18(0, "none")
+
+    def test_imagenet_weights_get_a_new_classifier(self) -> None:
+        pretrained = resnet18()
+        checkpoints = self.folder / "hub" / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        torch.save(pretrained.state_dict(), checkpoints / "resnet18-f37072fd.pth")
+        with mock.patch.dict(os.environ, TORCH_HOME=str(self.folder)):
+            for classes in (10, 1000):
+                model = hooked_resnet18(classes).model
+                assert_close(model.layer4.state_dict(), pretrained.layer4.state_dict())
+                self.assertEqual(model.fc.out_features, classes)
+                self.assertFalse(torch.equal(model.fc.weight, pretrained.fc.weight[:classes]))
+
+    def test_a_file_keeps_its_classifier_only_if_that_fits(self) -> None:
+        saved = resnet18(num_classes=5)
+        for content in (saved.state_dict(), {"model": saved.state_dict()}):
+            torch.save(content, self.folder / "weights.pth")
+            same = hooked_resnet18(5, self.folder / "weights.pth").model
+            assert_close(same.state_dict(), saved.state_dict())
+            other = hooked_resnet18(6, self.folder / "weights.pth").model
+            assert_close(other.conv1.weight, saved.conv1.weight)
+            self.assertEqual(other.fc.out_features, 6)
+
+
+class LossTest(unittest.TestCase):
+    """One student channel, [[1, 2], [3, 6]], resized to its mean 3; a teacher of two channels,
+    (2, 1), adapted to 0.5 * 2 - 1 * 1 + 0.25 = 0.25. So the distance is (3 - 0.25)^2 = 7.5625;
+    and logits (0, ln 3) give the right class 3/4, so the cross-entropy is ln 4/3."""
+
+    DISTANCE, CROSS_ENTROPY = 7.5625, 0.2876821
+
+    def setUp(self) -> None:
+        self.logits = torch.tensor([[0.0, math.log(3.0)]], requires_grad=True)
+        self.labels = torch.tensor([1])
+        self.student = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]], requires_grad=True)
+        self.teacher = torch.tensor([2.0, 1.0]).view(1, 2, 1, 1).requires_grad_()
+
+    def loss_of(self, **options: float) -> tuple[SelfDistillationLoss, torch.Tensor]:
+        criterion = SelfDistillationLoss(student_channels=1, teacher_channels=2, **options)
+        with torch.no_grad():
+            criterion.adapter.weight.copy_(torch.tensor([0.5, -1.0]).view(1, 2, 1, 1))
+            criterion.adapter.bias.fill_(0.25)
+        return criterion, criterion(self.logits, self.labels, self.student, self.teacher)
+
+    def test_the_published_formula_at_three_weights(self) -> None:
+        for alpha, expected in ((0.0, self.CROSS_ENTROPY), (0.5, 3.9250911), (1.0, self.DISTANCE)):
+            for detach in (False, True):
+                _, loss = self.loss_of(alpha=alpha, detach_teacher=detach)
+                assert_close(loss, torch.tensor(expected))
+
+    def test_the_default_is_half_and_half_undetached_unnormalised(self) -> None:
+        _, loss = self.loss_of()
+        assert_close(loss, torch.tensor(3.9250911))
+        loss.backward()
+        self.assertIsNotNone(self.teacher.grad)
+
+    def test_the_terms_apart_are_not_weighted(self) -> None:
+        criterion, _ = self.loss_of(alpha=0.25)
+        terms = criterion.terms(self.logits, self.labels, self.student, self.teacher)
+        assert_close(terms, (torch.tensor(self.CROSS_ENTROPY), torch.tensor(self.DISTANCE)))
+
+    def test_label_smoothing(self) -> None:
+        # 0.9 of the label's -ln 3/4 and 0.1 of the other's -ln 1/4
+        _, loss = self.loss_of(alpha=0.0, label_smoothing=0.2)
+        assert_close(loss, torch.tensor(0.3975433))
+
+    def test_normalised_features_are_compared_by_direction(self) -> None:
+        # (3, 4) becomes (0.6, 0.8), and (5, 0) becomes (1, 0): (0.4^2 + 0.8^2) / 2 = 0.4
+        criterion = SelfDistillationLoss(alpha=1.0, student_channels=2, teacher_channels=2,
+                                         normalize=True)
+        with torch.no_grad():
+            criterion.adapter.weight.copy_(torch.eye(2).view(2, 2, 1, 1))
+            criterion.adapter.bias.zero_()
+        teacher = torch.tensor([5.0, 0.0]).view(1, 2, 1, 1)
+        student = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
+        for magnitude in (0.01, 1.0, 100.0):
+            for size in (1, 4):
+                loss = criterion(self.logits, self.labels,
+                                 (magnitude * student).expand(1, 2, 2 * size, 2 * size),
+                                 teacher.expand(1, 2, size, size))
+                assert_close(loss, torch.tensor(0.4))
+
+    def test_gradients_by_hand(self) -> None:
+        # alpha * 2 * (3 - 0.25) = 2.75 at the resized student; a quarter of it at each pixel
+        criterion, loss = self.loss_of(alpha=0.5)
+        loss.backward()
+        assert_close(self.student.grad, torch.full((1, 1, 2, 2), 0.6875))
+        assert_close(self.teacher.grad.flatten(), torch.tensor([-1.375, 2.75]))
+        assert_close(criterion.adapter.weight.grad.flatten(), torch.tensor([-5.5, -2.75]))
+        assert_close(self.logits.grad, torch.tensor([[0.125, -0.125]]))
+
+    def test_teacher_gets_no_gradient_when_detached(self) -> None:
+        criterion, loss = self.loss_of(detach_teacher=True)
+        loss.backward()
+        self.assertIsNone(self.teacher.grad)
+        assert_close(self.student.grad, torch.full((1, 1, 2, 2), 0.6875))
+        assert_close(criterion.adapter.weight.grad.flatten(), torch.tensor([-5.5, -2.75]))
+
+    def test_distillation_alone_reaches_early_layers_only_when_detached(self) -> None:
+        for detach in (False, True):
+            model = hooked_resnet18(10, "none")
+            criterion = SelfDistillationLoss(alpha=1.0, detach_teacher=detach)
+            logits, student, teacher = model(torch.randn(2, 3, 64, 64))
+            criterion(logits, torch.tensor([1, 2]), student, teacher).backward()
+            self.assertGreater(model.model.layer2[1].conv1.weight.grad.abs().max(), 0)
+            self.assertEqual(model.model.layer4[1].conv1.weight.grad is None, detach)
+
+    def test_a_value_out_of_range_is_refused_and_shown(self) -> None:
+        for options in ({"alpha": -0.1}, {"alpha": 1.5}, {"alpha": math.nan},
+                        {"label_smoothing": 2.0}, {"student_channels": 0},
+                        {"teacher_channels": -3}):
+            (name, value), = options.items()
+            with self.assertRaisesRegex(ValueError, f"{name} must .*{re.escape(str(value))}"):
+                SelfDistillationLoss(**options)
+
+    def test_features_of_another_shape_are_refused_and_shown(self) -> None:
+        criterion, _ = self.loss_of()
+        with self.assertRaisesRegex(ValueError, r"teacher features .*\(N, 2, H, W\), got \(1, 1,"):
+            criterion(self.logits, self.labels, self.student, self.student)
+        with self.assertRaisesRegex(ValueError, "student features"):
+            criterion(self.logits, self.labels, self.student[0], self.teacher)
+
+
+class DataTest(TestCase):
+    def test_every_image_comes_once_an_epoch_in_batches_of_like_size(self) -> None:
+        for count, batch_size, sizes in ((65, 64, [33, 32]), (10, 4, [4, 3, 3]), (1, 8, [1])):
+            batches = list(train.EpochBatches(count, batch_size, seed=0))
+            self.assertEqual([len(batch) for batch in batches], sizes)
+            indices = sorted(index for batch in batches for index, _ in batch)
+            self.assertEqual(indices, list(range(count)))
+
+    def test_order_and_augmentation_change_with_epoch_and_seed(self) -> None:
+        def epoch_of(seed: int, epoch: int) -> tuple[list[int], dict[int, int]]:
+            batches = train.EpochBatches(100, 10, seed)
+            batches.epoch = epoch
+            items = [item for batch in batches for item in batch]
+            return [index for index, _ in items], dict(items)
+
+        self.assertEqual(epoch_of(0, 0), epoch_of(0, 0))
+        for other in (epoch_of(0, 1), epoch_of(1, 0)):
+            order, seeds = epoch_of(0, 0)
+            self.assertNotEqual(order, other[0])
+            # Compared through the generator they seed, which may not use all bits.
+            draws = [[torch.rand(1, generator=torch.Generator().manual_seed(by[index])).item()
+                      for index in range(100)] for by in (seeds, other[1])]
+            self.assertLess(sum(a == b for a, b in zip(*draws)), 5)
+
+    def test_an_epoch_can_start_in_its_middle(self) -> None:
+        batches = train.EpochBatches(10, 2, seed=3)
+        whole = list(batches)
+        batches.start = 3
+        self.assertEqual(list(batches), whole[3:])
+
+    def test_augmentation_depends_on_index_and_seed_alone(self) -> None:
+        data = train.AugmentedFolder(write_images(self.folder) / "train", train_transform(32))
+        state = torch.get_rng_state()
+        first, label = data[4, 7]
+        assert_close(torch.get_rng_state(), state)
+        torch.rand(5)
+        assert_close(data[4, 7][0], first, rtol=0, atol=0)
+        self.assertFalse(torch.equal(data[4, 8][0], first))
+        self.assertEqual(label, 0)
+
+    def test_the_shapes_are_drawn_the_same_each_time_and_no_two_alike(self) -> None:
+        drawn = [train.draw_shape(name, random.Random(k)).tobytes()
+                 for name in train.SHAPES for k in range(3)]
+        again = [train.draw_shape(name, random.Random(k)).tobytes()
+                 for name in train.SHAPES for k in range(3)]
+        self.assertEqual(drawn, again)
+        self.assertEqual(len(set(drawn)), 30)
+
+    def test_no_outline_leaves_the_image(self) -> None:
+        for name, outline in train.SHAPES.items():
+            radii = [outline(2 * math.pi * k / 360) for k in range(360)]
+            self.assertGreaterEqual(min(radii), 0, name)
+            self.assertLessEqual(max(radii), 1 + 1e-9, name)
+
+    def test_a_linear_classifier_on_pixels_fails_on_the_shapes(self) -> None:
+        def draw(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+            images = [functional.pil_to_tensor(train.draw_shape(name, random.Random(split + str(k)),
+                                                                size=32))
+                      for name in train.SHAPES for k in range(count)]
+            pixels = torch.stack(images).flatten(1).double() / 255
+            return pixels, torch.arange(len(train.SHAPES)).repeat_interleave(count)
+
+        pixels, labels = draw("train", 100)
+        mean = pixels.mean(dim=0)
+        kernel = (pixels - mean) @ (pixels - mean).T
+        targets = nn.functional.one_hot(labels).double()
+        val_pixels, val_labels = draw("val", 40)
+        for ridge in (1.0, 100.0, 10_000.0):
+            dual = torch.linalg.solve(kernel + ridge * torch.eye(len(kernel)), targets)
+            scores = (val_pixels - mean) @ (pixels - mean).T @ dual
+            accuracy = (scores.argmax(dim=1) == val_labels).double().mean().item()
+            self.assertLess(accuracy, 0.5)
+
+    def test_a_folder_of_images_of_every_kind_is_read(self) -> None:
+        folder = self.folder / "val" / "kind"
+        folder.mkdir(parents=True)
+        for mode, suffix in (("1", "png"), ("L", "jpg"), ("LA", "png"), ("P", "png"),
+                             ("RGB", "webp"), ("RGBA", "png"), ("CMYK", "jpg"), ("CMYK", "tiff"),
+                             ("I;16", "png"), ("F", "tiff")):
+            Image.new(mode, (9, 5)).save(folder / f"{mode.replace(';', '')}.{suffix}")
+        data = evaluate.ImageFolder(self.folder / "val", val_transform(32))
+        self.assertEqual(len(data), 10)
+        self.assertEqual({image.shape for image, _ in data}, {(3, 32, 32)})
+
+    def test_a_missing_imagenette_is_downloaded_whole_or_not_at_all(self) -> None:
+        folder = self.folder / "new" / "imagenette2-160"
+
+        def download(root: str, size: str, download: bool) -> None:
+            self.assertEqual((size, download), ("160px", True))
+            for split in ("train", "val"):
+                (Path(root) / "imagenette2-160" / split).mkdir(parents=True)
+
+        with (mock.patch.object(datasets, "Imagenette", side_effect=URLError("no route")),
+              contextlib.redirect_stdout(io.StringIO()),
+              self.assertRaisesRegex(evaluate.UserError, "imagenette2-160.tgz and unpack it as")):
+            train.find_data(str(folder))
+        self.assertEqual(list(folder.parent.iterdir()), [])
+        with (mock.patch.object(datasets, "Imagenette", download),
+              contextlib.redirect_stdout(io.StringIO())):
+            self.assertEqual(train.find_data(str(folder)), folder)
+        self.assertEqual(list(folder.parent.iterdir()), [folder])
+
+    def test_the_splits_may_lie_one_folder_deeper(self) -> None:
+        write_images(self.folder / "outer" / "inner")
+        self.assertEqual(train.find_data(str(self.folder / "outer")), self.folder / "outer/inner")
+
+
+class OptimizerTest(unittest.TestCase):
+    def make(self, *flags: str) -> tuple[HookedModel, SelfDistillationLoss, torch.optim.SGD]:
+        args, _ = train.parse_args([*flags, "--data", "somewhere", "--device", "cpu"])
+        model = hooked_resnet18(10, "none")
+        criterion = train.make_criterion(args, model)
+        return model, criterion, train.make_optimizer(args, model, criterion)
+
+    def test_the_tuned_recipe_trains_everything_and_decays_no_bias_or_norm(self) -> None:
+        model, criterion, optimizer = self.make("--recipe", "tuned", "--lr", "0.01")
+        settings = {id(parameter): (group["lr"], group["weight_decay"])
+                    for group in optimizer.param_groups for parameter in group["params"]}
+        self.assertEqual(len(settings), sum(len(group["params"])
+                                            for group in optimizer.param_groups))
+        self.assertEqual(settings.keys(), {id(parameter) for parameter in
+                                           [*model.parameters(), *criterion.parameters()]})
+        for parameter, expected in ((model.model.conv1.weight, (0.01, 5e-4)),
+                                    (model.model.bn1.weight, (0.01, 0.0)),
+                                    (model.model.fc.weight, (0.05, 5e-4)),
+                                    (model.model.fc.bias, (0.05, 0.0)),
+                                    (criterion.adapter.weight, (0.05, 5e-4))):
+            self.assertEqual(settings[id(parameter)], expected)
+
+    def test_the_blog_recipe_is_the_published_one(self) -> None:
+        model, criterion, optimizer = self.make("--recipe", "blog")
+        scheduler = train.make_scheduler(optimizer, one_cycle=False, steps=100)
+        trained = {id(parameter) for group in optimizer.param_groups
+                   for parameter in group["params"]}
+        self.assertEqual(trained, {id(parameter) for parameter in model.parameters()})
+        self.assertEqual((criterion.alpha, criterion.detach_teacher, criterion.normalize,
+                          criterion.label_smoothing), (0.5, False, False, 0.0))
+        for _ in range(3):
+            for group in optimizer.param_groups:
+                self.assertEqual((group["lr"], group["momentum"], group["weight_decay"],
+                                  group["nesterov"]), (0.01, 0.9, 0.0, False))
+            optimizer.step()
+            scheduler.step()
+
+    def test_one_cycle_warms_up_and_ends_near_nought(self) -> None:
+        _, _, optimizer = self.make("--lr", "0.01")
+        scheduler = train.make_scheduler(optimizer, one_cycle=True, steps=10)
+        rates = []
+        for _ in range(10):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if len(rates) < 10:
+                scheduler.step()
+        self.assertLess(rates[0], 0.001)
+        assert_close(max(rates), 0.01)
+        self.assertLess(rates[-1], 1e-5)
+
+
+class TrainingTest(TestCase):
+    """Runs of the real script on tiny folders."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        temporary = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(temporary.cleanup)
+        cls.data = write_images(Path(temporary.name, "images"))
+        cls.out = Path(temporary.name, "out")
+        cls.printed = run_training(cls.data, cls.out, "--epochs", 2)
+        cls.best = torch.load(cls.out / "best.pt", weights_only=True)
+        cls.last = torch.load(cls.out / "last.pt", weights_only=True)
+        cls.log = [json.loads(line) for line in (cls.out / "log.jsonl").read_text().splitlines()]
+
+    def weights_of(self, *arguments: object) -> dict[str, torch.Tensor]:
+        run_training(self.data, self.folder, "--epochs", 2, *arguments)
+        last = torch.load(self.folder / "last.pt", weights_only=True)
+        return last["model"] | last["run"]["criterion"]
+
+    def test_the_checkpoint_holds_what_the_design_says(self) -> None:
+        self.assertEqual({key: type(self.best[key]) for key in self.best},
+                         {"model": type(resnet18().state_dict()), "arch": str, "classes": list,
+                          "size": int, "mean": list, "std": list, "epoch": int, "val_acc": float,
+                          "data": str, "args": dict})
+        self.assertEqual(self.best["classes"], ["circle", "square", "star"])
+        resnet18(num_classes=3).load_state_dict(self.best["model"])
+        self.assertEqual({name.split(".")[0] for name in self.last["run"]["criterion"]},
+                         {"adapter"})
+        self.assertEqual(sorted(path.name for path in self.out.iterdir()),
+                         ["best.pt", "last.pt", "log.jsonl"])
+
+    def test_the_log_has_a_line_an_epoch(self) -> None:
+        self.assertEqual([line["epoch"] for line in self.log], [1, 2])
+        keys = {"epoch", "train_loss", "ce_loss", "distillation_loss", "train_acc", "val_loss",
+                "val_acc", "lr", "images_per_second", "seconds"}
+        for line in self.log:
+            self.assertEqual(line.keys(), keys)
+            assert_close(line["train_loss"],
+                         0.5 * line["ce_loss"] + 0.5 * line["distillation_loss"])
+
+    def test_it_prints_a_line_an_epoch_where_there_is_no_terminal(self) -> None:
+        lines = self.printed.splitlines()
+        self.assertEqual([line.split()[0] for line in lines],
+                         ["data", "network", "machine", "recipe", "epoch", "epoch", "best",
+                          "python"])
+        self.assertIn("18 train and 9 val images, 3 classes", lines[0])
+        self.assertNotIn("\r", self.printed)
+
+    def test_a_terminal_gets_a_line_that_is_rewritten(self) -> None:
+        output = io.StringIO()
+        output.isatty = lambda: True
+        with contextlib.redirect_stdout(output):
+            train.main(["--data", str(self.data), "--out", str(self.folder), "--size", "32",
+                        "--weights", "none", "--epochs", "1", "--workers", "0"])
+        self.assertRegex(output.getvalue(), r"\r\033\[Kepoch 1/1  batch 1/1  .* images/s  "
+                                            r"loss .*  \d+ s left")
+
+    def test_evaluation_agrees_with_the_log_to_the_last_digit(self) -> None:
+        printed = run(evaluate.main, self.out / "best.pt", "--json", self.folder / "figures.json")
+        figures = json.loads((self.folder / "figures.json").read_text())
+        line = self.log[self.best["epoch"] - 1]
+        self.assertEqual((figures["top1"], figures["loss"]), (line["val_acc"], line["val_loss"]))
+        self.assertEqual(self.best["val_acc"], line["val_acc"])
+        self.assertEqual(figures["count"], 9)
+        self.assertIn(f"top-1 {line['val_acc']:.4f}  loss {line['val_loss']:.4f}", printed)
+
+    def test_weights_repeat_bit_for_bit_whatever_the_workers(self) -> None:
+        expected = self.last["model"] | self.last["run"]["criterion"]
+        assert_close(self.weights_of("--workers", 0), expected, rtol=0, atol=0)
+        assert_close(self.weights_of("--workers", 2), expected, rtol=0, atol=0)
+        other = self.weights_of("--seed", 1)
+        self.assertFalse(torch.equal(other["conv1.weight"], expected["conv1.weight"]))
+
+    def test_the_adapter_is_trained_by_tuned_and_left_by_blog(self) -> None:
+        for recipe, trained in (("tuned", True), ("blog", False)):
+            torch.manual_seed(0)
+            hooked_resnet18(3, "none")  # draws on the generator first, as the script does
+            initial = nn.Conv2d(512, 128, kernel_size=1).weight
+            weights = self.weights_of("--recipe", recipe)
+            self.assertEqual(not torch.equal(weights["adapter.weight"], initial), trained)
+
+    def test_the_best_epoch_is_the_earlier_of_two_alike(self) -> None:
+        model, criterion = hooked_resnet18(2, "none"), SelfDistillationLoss()
+        args, _ = train.parse_args(["--data", "somewhere"])
+        optimizer = train.make_optimizer(args, model, criterion)
+        progress = train.Run(model, criterion, optimizer,
+                             train.make_scheduler(optimizer, True, 9), torch.amp.GradScaler("cpu"))
+        best = []
+        for right in (1, 1, 2, 0):  # of two val images
+            progress.totals += 1.0
+            progress.seconds = 1.0
+            predictions = evaluate.Predictions(
+                labels=torch.tensor([0, 0]), losses=torch.zeros(2),
+                top=torch.tensor([[0, 1]] * right + [[1, 0]] * (2 - right)), seconds=1.0)
+            train.finish_epoch(progress, predictions, ["a", "b"])
+            best.append((progress.best["epoch"], progress.best["val_acc"]))
+        self.assertEqual(best, [(1, 0.5), (1, 0.5), (3, 1.0), (3, 1.0)])
+
+    def test_results_of_an_earlier_run_are_kept(self) -> None:
+        run_training(self.data, self.folder)
+        earlier = {name: (self.folder / name).read_bytes() for name in ("best.pt", "log.jsonl")}
+        for suffix in (1, 2):
+            printed = run_training(self.data, self.folder, "--seed", suffix)
+            self.assertRegex(printed, rf"kept the earlier .*best\.pt.* as .*best\.{suffix}\.pt")
+        self.assertEqual((self.folder / "best.1.pt").read_bytes(), earlier["best.pt"])
+        self.assertEqual((self.folder / "log.1.jsonl").read_bytes(), earlier["log.jsonl"])
+
+    def test_one_class_one_image_and_a_batch_of_one(self) -> None:
+        data = write_images(self.folder / "images", ("circle",), train_count=1, val_count=1)
+        run_training(data, self.folder / "out", "--size", 64, "--batch-size", 1)
+        figures = self.evaluate(self.folder / "out" / "best.pt")
+        self.assertEqual((figures["top1"], figures["top5"], figures["count"]), (1.0, None, 1))
+        self.assertIn("batches of one image", self.error_of(
+            train.main, "--data", data, "--out", self.folder, "--weights", "none", "--size", 32))
+
+    def test_without_data_it_trains_on_the_shapes(self) -> None:
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.draw_shapes(Path("data/shapes"), train=2, val=1)
+        run(train.main, "--epochs", 1, "--workers", 0)
+        figures = self.evaluate("best.pt")
+        self.assertEqual(set(figures["per_class"]), set(train.SHAPES))
+        self.assertIsNotNone(figures["top5"])
+
+    def evaluate(self, checkpoint: Path | str, *arguments: object) -> dict:
+        run(evaluate.main, checkpoint, "--workers", 0, "--json", self.folder / "figures.json",
+            *arguments)
+        return json.loads((self.folder / "figures.json").read_text())
+
+    def test_classes_are_matched_by_name(self) -> None:
+        expected = self.evaluate(self.out / "best.pt")
+        fewer = write_images(self.folder / "fewer", ("square", "star"))
+        figures = self.evaluate(self.out / "best.pt", "--data", fewer)
+        self.assertEqual(figures["per_class"], {name: expected["per_class"][name]
+                                                for name in ("square", "star")})
+        write_images(self.folder / "other", ("circle", "cross"))
+        self.assertRegex(self.error_of(evaluate.main, self.out / "best.pt", "--data",
+                                       self.folder / "other"), "does not know: cross; it knows")
+
+    def test_training_resumed_ends_as_if_it_had_not_been_stopped(self) -> None:
+        def stop_in_second_epoch(signals: train.StopSignals, batches: object) -> object:
+            for batch in batches:
+                stop_in_second_epoch.calls += 1
+                if stop_in_second_epoch.calls == 6:  # 3 training batches and 2 of val an epoch
+                    raise train.Stopped(signal.SIGINT)
+                yield batch
+
+        stop_in_second_epoch.calls = 0
+        with (mock.patch.object(train.StopSignals, "until_received", stop_in_second_epoch),
+              self.assertRaises(SystemExit) as caught):
+            run_training(self.data, self.folder, "--epochs", 2)
+        self.assertEqual(caught.exception.code, 130)
+        run(train.main, "--out", self.folder, "--resume")
+        last = torch.load(self.folder / "last.pt", weights_only=True)
+        assert_close(last["model"], self.last["model"], rtol=0, atol=0)
+        assert_close(last["run"]["optimizer"]["state"], self.last["run"]["optimizer"]["state"],
+                     rtol=0, atol=0)
+        log = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        for line, expected in zip(log, self.log, strict=True):
+            for key in line.keys() - {"seconds", "images_per_second"}:
+                self.assertEqual(line[key], expected[key])
+
+    def test_ctrl_c_leaves_a_state_to_go_on_from(self) -> None:
+        command = [sys.executable, str(HERE / "train.py"), "--data", str(self.data), "--out",
+                   str(self.folder), "--weights", "none", "--size", "32", "--epochs", "10000"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              start_new_session=True) as process:
+            while not process.stdout.readline().startswith("epoch 1/"):
+                self.assertIsNone(process.poll(), "the run ended before its first epoch")
+            os.killpg(process.pid, signal.SIGINT)  # the loader's workers get it too
+            output, errors = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, errors), (130, ""))
+        self.assertIn("go on with: python", output)
+        self.assertIn(f"--resume {self.folder / 'last.pt'}", output)
+        evaluate.read_checkpoint(self.folder / "last.pt")
+        self.assertFalse(list(self.folder.glob(".*")))
+
+    def test_a_loss_that_is_not_finite_stops_after_the_good_state_is_saved(self) -> None:
+        self.assertRegex(self.error_of(
+            train.main, "--data", self.data, "--out", self.folder, "--weights", "none", "--size",
+            32, "--lr", "1e30", "--epochs", 3, "--batch-size", 4, "--workers", 0),
+            "not finite in epoch 1.*try a lower --lr")
+        last = torch.load(self.folder / "last.pt", weights_only=True)
+        self.assertTrue(all(value.isfinite().all() for value in last["model"].values()))
+
+
+class EvaluationTest(TestCase):
+    def test_the_figures_of_four_images_by_hand(self) -> None:
+        predictions = evaluate.Predictions(
+            labels=torch.tensor([0, 0, 2, 6]), losses=torch.tensor([0.5, 1.5, 0.25, 1.75]),
+            top=torch.tensor([[0, 1, 2, 3, 4], [5, 4, 3, 2, 0], [2, 1, 0, 3, 4], [1, 2, 3, 4, 5]]),
+            seconds=2.0)
+        figures = evaluate.summarize(predictions, list("abcdefg"))
+        self.assertEqual(figures, {
+            "top1": 0.5, "top5": 0.75, "loss": 1.0, "count": 4, "images_per_second": 2.0,
+            "per_class": {"a": {"count": 2, "correct": 1}, "c": {"count": 1, "correct": 1},
+                          "g": {"count": 1, "correct": 0}}})
+
+    def test_predictions_are_those_of_the_logits(self) -> None:
+        logits = torch.tensor([[0.0, math.log(3.0)], [math.log(3.0), 0.0], [0.0, math.log(3.0)]])
+        batches = [(logits[:2].view(2, 2, 1, 1), torch.tensor([1, 1])),
+                   (logits[2:].view(1, 2, 1, 1), torch.tensor([0]))]
+        result = evaluate.predict(nn.Flatten(), batches, torch.device("cpu"), "fp32")
+        assert_close(result.losses, torch.tensor([0.2876821, 1.3862944, 1.3862944]))
+        self.assertEqual(result.correct.tolist(), [True, False, False])
+
+    def test_auto_takes_a_device_and_precision_that_work(self) -> None:
+        device = evaluate.choose_device("auto")
+        precision = evaluate.choose_precision("auto", device)
+        with evaluate.autocast(device, precision):
+            result = nn.Conv2d(3, 4, 1).to(device)(torch.ones(1, 3, 2, 2, device=device))
+        self.assertEqual(result.dtype, evaluate.DTYPES[precision])
+
+
+class ReadmeTest(TestCase):
+    def test_the_code_runs_as_shown(self) -> None:
+        code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        exec(compile(code, "README.md", "exec"), {})
+        resnet18(num_classes=10).load_state_dict(torch.load("plain_resnet18.pt"))
+
+
+class BadInputTest(TestCase):
+    """Each mistake ends in one line that names the thing and what would be right."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = write_images(self.folder / "images", train_count=2, val_count=1)
+
+    def train_error(self, *arguments: object) -> str:
+        return self.error_of(train.main, "--data", self.data, "--out", self.folder / "out",
+                             "--weights", "none", "--size", 32, "--workers", 0, *arguments)
+
+    def write_checkpoint(self, **changes: object) -> Path:
+        path = self.folder / "best.pt"
+        torch.save({"model": resnet18(num_classes=3).state_dict(), "arch": "resnet18",
+                    "classes": ["circle", "square", "star"], "size": 32,
+                    "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "epoch": 1,
+                    "val_acc": 0.5, "data": str(self.data),
+                    "args": {"precision": "fp32", "batch_size": 8}} | changes, path)
+        return path
+
+    def test_numbers_that_make_no_sense(self) -> None:
+        for flag, value in (("--epochs", 0), ("--epochs", "many"), ("--batch-size", -1),
+                            ("--size", 0), ("--size", 1.5), ("--workers", -1), ("--alpha", 1.1),
+                            ("--alpha", "nan"), ("--lr", "inf"), ("--lr", -0.1), ("--seed", -1)):
+            with self.subTest(flag=flag, value=value):
+                self.assertRegex(self.train_error(flag, value),
+                                 f"{flag}: '{value}' is not a .*number (of at least|between)")
+        self.assertIn("--batch-size", self.error_of(evaluate.main, "best.pt", "--batch-size", 0))
+
+    def test_data_that_is_missing_or_incomplete(self) -> None:
+        nowhere = self.folder / "nowhere"
+        self.assertIn(f"{nowhere} does not exist", self.train_error("--data", nowhere))
+        nowhere.mkdir()
+        self.assertIn("no train/ and val/ in it", self.train_error("--data", nowhere))
+        (self.data / "train" / "star").rename(self.folder / "elsewhere")
+        self.assertRegex(self.train_error(), "classes of train/ and val/ .* differ: .* star")
+        (self.data / "train" / "star").mkdir()
+        self.assertRegex(self.train_error(), "images.train: .*no valid file for the classes star")
+        for split in ("train", "val"):
+            (self.folder / "flat" / split).mkdir(parents=True)
+        self.assertIn("no class folders", self.train_error("--data", self.folder / "flat"))
+
+    def test_an_image_that_cannot_be_read_is_named(self) -> None:
+        whole = (self.data / "train" / "star" / "0.png").read_bytes()
+        for content in (b"", b"not an image", whole[:len(whole) // 2]):
+            for split in ("train", "val"):
+                for workers in (0, 1):
+                    image = self.data / split / "star" / "0.png"
+                    image.write_bytes(content)
+                    self.assertIn(f"cannot read the image {image}",
+                                  self.train_error("--workers", workers))
+                    image.write_bytes(whole)
+
+    def test_a_device_that_is_not_there(self) -> None:
+        for device in ("cuda:99", "no-such-device"):
+            self.assertIn(f"device '{device}' is not available", self.train_error(
+                "--device", device))
+
+    def test_weights_that_are_missing_damaged_or_of_another_network(self) -> None:
+        path = self.folder / "weights.pth"
+        self.assertIn(f"cannot get the weights '{path}'", self.train_error("--weights", path))
+        for content, message in (
+                ([1, 2], "not a checkpoint"), ({"model": 3}, "not the weights of a torchvision"),
+                (models.mobilenet_v3_small().state_dict(), "not the weights of a torchvision"),
+                ({"fc.weight": torch.zeros(3, 512)}, "not the weights of a torchvision"),
+                ({"model": torch.zeros(3)}, "not the weights of a torchvision")):
+            torch.save(content, path)
+            self.assertIn(f"--weights {path}: {message}", self.train_error("--weights", path))
+        path.write_bytes(path.read_bytes()[:200])
+        self.assertIn("not a checkpoint: damaged", self.train_error("--weights", path))
+
+    def test_weights_that_cannot_be_downloaded(self) -> None:
+        with (mock.patch.dict(os.environ, TORCH_HOME=str(self.folder)),
+              mock.patch("torch.hub.download_url_to_file", side_effect=URLError("no route"))):
+            self.assertRegex(self.train_error("--weights", "imagenet"),
+                             "cannot get the weights 'imagenet' .*no route.*give a FILE")
+
+    def test_an_out_folder_that_cannot_be_written(self) -> None:
+        (self.folder / "file").write_text("")
+        self.assertIn("cannot write to --out", self.train_error("--out", self.folder / "file"))
+        with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")):
+            self.assertRegex(self.train_error(), r"cannot write .*last\.pt: No space left")
+        self.assertEqual(list((self.folder / "out").iterdir()), [])
+        self.assertRegex(self.error_of(evaluate.main, self.write_checkpoint(), "--workers", 0,
+                                       "--json", self.folder / "file" / "figures.json"),
+                         "cannot write .*figures.json")
+
+    def test_a_checkpoint_that_is_missing_or_damaged(self) -> None:
+        path = self.folder / "best.pt"
+        self.assertIn(f"cannot open the checkpoint {path}: No such file",
+                      self.error_of(evaluate.main, path))
+        whole = self.write_checkpoint().read_bytes()
+        for content in (b"", b"some other file", whole[:1000], whole[:-1000]):
+            path.write_bytes(content)
+            self.assertIn("not a checkpoint", self.error_of(evaluate.main, path))
+
+    def test_a_checkpoint_of_another_kind_or_shape(self) -> None:
+        torch.save(resnet18().state_dict(), self.folder / "weights.pth")
+        self.assertIn("not a checkpoint of train.py: no usable model, arch, classes",
+                      self.error_of(evaluate.main, self.folder / "weights.pth"))
+        for changes, message in (
+                ({"classes": ["circle", "square"]}, "weights of a resnet18 with 2 classes"),
+                ({"arch": "no_such_network"}, "weights of a no_such_network"),
+                ({"arch": "mobilenet_v3_small"}, "weights of a mobilenet_v3_small"),
+                ({"size": "large"}, "no usable size"), ({"args": {}}, "no usable args")):
+            self.assertIn(message, self.error_of(evaluate.main, self.write_checkpoint(**changes)))
+        self.assertIn("holds no training state", self.train_error(
+            "--resume", self.write_checkpoint()))
+        self.assertIn("cannot open the checkpoint", self.train_error("--resume"))
+
+    def test_the_data_of_a_checkpoint_gone(self) -> None:
+        checkpoint = self.write_checkpoint(data=str(self.folder / "gone"))
+        self.assertRegex(self.error_of(evaluate.main, checkpoint),
+                         "data folder .*gone does not exist")
+
+    def test_no_file_is_ever_executed(self) -> None:
+        class Malicious:
+            def __reduce__(self) -> tuple:
+                return open, (str(marker), "w")
+
+        marker = self.folder / "executed"
+        path = self.folder / "best.pt"
+        torch.save({"model": Malicious()}, path)
+        self.assertIn("not a checkpoint", self.error_of(evaluate.main, path))
+        self.assertIn("not a checkpoint", self.train_error("--weights", path))
+        self.assertIn("not a checkpoint", self.train_error("--resume", path))
+        self.assertFalse(marker.exists())
+
+    def test_resuming_with_other_settings_names_both(self) -> None:
+        run_training(self.data, self.folder / "out")
+        self.assertIn("--seed 5 contradicts the run to resume, which has 0", self.error_of(
+            train.main, "--out", self.folder / "out", "--resume", "--seed", 5))
+
+    def test_a_torch_too_old_or_missing_is_told_at_the_start(self) -> None:
+        for name, content in (("torch", "__version__ = '1.13.0'"), ("torchvision", "")):
+            (self.folder / f"{name}.py").write_text(content)
+        for script in ("train.py", "evaluate.py"):
+            result = subprocess.run([sys.executable, HERE / script], capture_output=True, text=True,
+                                    env=os.environ | {"PYTHONPATH": str(self.folder)})
+            self.assertEqual(result.returncode, 1)
+            self.assertRegex(result.stderr, rf"^\S*{script}: error: .*torch 1\.13\.0 is older.*\n$")
+
+
+if __name__ == "__main__":
+    unittest.main()
