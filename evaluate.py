@@ -122,17 +122,16 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach a loader's workers too, which the main process still needs."""
+def ignore_ctrl_c(worker: int) -> None:
+    """Ctrl-C reaches a loader's workers too, which the main process still needs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(dataset: ImageFolder, device: torch.device, workers: int, **batching) -> DataLoader:
     # The loader's own generator keeps it from drawing on the global random state.
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
                       pin_memory=device.type == "cuda", generator=torch.Generator(),
-                      worker_init_fn=leave_signals_to_parent, **batching)
+                      worker_init_fn=ignore_ctrl_c, **batching)
 
 
 # The machine

@@ -91,7 +91,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "clover": lambda angle: 0.6 + 0.4 * cos(3 * angle),
     "cross": lambda angle: min(0.95, 0.3 / max(0.01, min(abs(sin(angle)), abs(cos(angle))))),
     "drop": lambda angle: 1 - 0.6 * abs(sin(angle / 2)) ** 0.4,
-    "ellipse": lambda angle: 0.45 / math.sqrt(1 - 0.8 * cos(angle) ** 2),
+    "ellipse": lambda angle: 0.44 / math.sqrt(1 - 0.8 * cos(angle) ** 2),
     "flower": lambda angle: 0.8 + 0.2 * cos(7 * angle),
     "square": polygon(4),
     "star": lambda angle: 0.4 + 0.6 * abs(1 - angle * 5 / pi % 2) ** 1.3,
@@ -99,7 +99,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def draw_shapes(folder: Path, train: int = 300, val: int = 100) -> None:
+def draw_shapes(folder: Path, train: int = 350, val: int = 50) -> None:
     """Write the embedded data set, train/ and val/ with so many images a class, or nothing."""
     print(f"drawing the embedded data set in {folder} …", flush=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -127,7 +127,7 @@ def draw_shape(name: str, rng: random.Random, size: int = 64) -> Image.Image:
         shade = tuple(value + rng.randint(0, 60) for value in ground)
         ends = [rng.randrange(large) for _ in range(4)]
         canvas.line(ends, fill=shade, width=rng.randint(2, large // 12))
-    radius = rng.uniform(0.22, 0.42) * large
+    radius = rng.uniform(0.25, 0.45) * large
     x, y = (rng.uniform(radius, large - radius) for _ in range(2))
     tilt = rng.uniform(-pi / 6, pi / 6)
     angles = [2 * pi * k / 360 for k in range(360)]
