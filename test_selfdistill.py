@@ -808,6 +808,16 @@ class BadInputTest(TestCase):
             self.assertIn(f"cannot read the image {image}", self.train_error("--workers", workers))
             image.write_bytes(whole)
 
+    def test_a_run_that_fails_in_a_worker_ends_at_once_in_one_line(self) -> None:
+        image = self.data / "train" / "star" / "1.png"
+        image.write_bytes(b"not an image")
+        command = [sys.executable, HERE / "train.py", "--data", self.data, "--out", self.folder,
+                   "--weights", "none", "--size", "32", "--batch-size", "2", "--workers", "2"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stderr,
+                         rf"^train\.py: error: cannot read the image {image}: .*\n$")
+
     def test_a_device_that_is_not_there(self) -> None:
         for device in ("cuda:99", "no-such-device"):
             self.assertIn(f"device '{device}' is not available", self.train_error(
