@@ -13,8 +13,8 @@ try:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
         raise ImportError(f"torch {torch.__version__} is older than 2.6")
 except (ImportError, RuntimeError) as error:  # a torchvision built for another torch: RuntimeError
-    sys.exit(f"{sys.argv[0]}: error: torch and torchvision are missing, too old or do not fit together "
-             f"({error}): pip install --upgrade -r requirements.txt")
+    sys.exit(f"{sys.argv[0]}: error: torch and torchvision are missing, too old or do not fit "
+             f"together ({error}): pip install --upgrade -r requirements.txt")
 
 import argparse
 import json
