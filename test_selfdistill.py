@@ -216,7 +216,8 @@ class HookedModelTest(unittest.TestCase):
             gc.collect()
             return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
-        self.assertEqual(live_tensors_after(2), live_tensors_after(50))
+        first = live_tensors_after(2)
+        self.assertLessEqual(live_tensors_after(50), first)
 
     def test_channels_of_other_networks_are_found(self) -> None:
         for arch, student, teacher, channels in (

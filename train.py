@@ -439,7 +439,7 @@ def save(run: Run, args: argparse.Namespace, classes: list[str]) -> None:
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    write_file(path, buffer.getbuffer())
+    write_file(path, buffer.getvalue())
 
 
 # The command line
