@@ -520,6 +520,33 @@ class OptimizerTest(unittest.TestCase):
             optimizer.step()
             scheduler.step()
 
+    def test_the_blog_recipe_takes_the_steps_of_the_published_script(self) -> None:
+        torch.manual_seed(0)
+        model, criterion, optimizer = self.make("--recipe", "blog")
+        plain, conv1x1 = copy.deepcopy(model.model), copy.deepcopy(criterion.adapter)
+        batches = [(torch.randn(4, 3, 64, 64), torch.randint(10, (4,))) for _ in range(3)]
+
+        plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
+        for images, labels in batches:
+            plain_optimizer.zero_grad()
+            images = images.to(memory_format=torch.channels_last)
+            stem = plain.maxpool(plain.relu(plain.bn1(plain.conv1(images))))
+            student = plain.layer2(plain.layer1(stem))
+            teacher = plain.layer4(plain.layer3(student))
+            logits = plain.fc(plain.avgpool(teacher).flatten(1))
+            resized = nn.functional.interpolate(student, size=(2, 2), mode="bilinear",
+                                                align_corners=False)
+            loss = (0.5 * nn.functional.mse_loss(resized, conv1x1(teacher))
+                    + 0.5 * nn.functional.cross_entropy(logits, labels))
+            loss.backward()
+            plain_optimizer.step()
+
+        result = train.Run(model, criterion, optimizer,
+                           train.make_scheduler(optimizer, one_cycle=False, steps=3),
+                           torch.amp.GradScaler("cpu", enabled=False))
+        train.train_epoch(result, model, batches, "fp32", train.Progress(1, 3, 12))
+        assert_close(model.model.state_dict(), plain.state_dict())
+
     def test_one_cycle_warms_up_and_ends_near_nought(self) -> None:
         _, _, optimizer = self.make("--lr", "0.01")
         scheduler = train.make_scheduler(optimizer, one_cycle=True, steps=10)
