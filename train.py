@@ -6,7 +6,8 @@ writes best.pt (best by val accuracy), last.pt (everything needed to go on with 
 log.jsonl (one line an epoch). Without --data it draws a small data set of its own and trains on
 that. The method is in selfdistill.py; `python evaluate.py best.pt` tells how good the result is.
 """
-from evaluate import (DTYPES, ImageFolder, Parser, Predictions, UserError, autocast,  # checks torch
+# First of all, as it checks that torch and torchvision fit together.
+from evaluate import (DTYPES, ImageFolder, Parser, Predictions, UserError, autocast,
                       choose_device, choose_precision, find_splits, listed, make_loader, number,
                       predict, read_checkpoint, run_script, summarize, usable_cores, write_file)
 
