@@ -21,7 +21,7 @@ from unittest import mock
 from urllib.error import URLError
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from torch.testing import assert_close
 from torchvision import datasets, models
@@ -35,7 +35,6 @@ from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillat
                          hooked_resnet18, train_transform, val_transform)
 
 HERE = Path(__file__).resolve().parent
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite,
@@ -63,10 +62,19 @@ def run(main: Callable, *arguments: object) -> str:
     return output.getvalue()
 
 
+def tiny(data: Path, out: Path, *arguments: object) -> list[str]:
+    """The flags of a short run on the smallest images, unless `arguments` say otherwise."""
+    return [str(argument) for argument in
+            ("--data", data, "--out", out, "--size", 32, "--weights", "none", "--epochs", 1,
+             "--batch-size", 8, "--workers", 0, "--precision", "fp32", *arguments)]
+
+
 def run_training(data: Path, out: Path, *arguments: object) -> str:
-    """A training run on the smallest images, from random weights unless told otherwise."""
-    return run(train.main, "--data", data, "--out", out, "--size", 32, "--weights", "none",
-               "--epochs", 1, "--batch-size", 8, "--workers", 0, "--precision", "fp32", *arguments)
+    return run(train.main, *tiny(data, out, *arguments))
+
+
+def read_log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 class TestCase(unittest.TestCase):
@@ -76,6 +84,11 @@ class TestCase(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
+
+    def enter_folder(self) -> None:
+        """Make the test's folder the current one, until its end."""
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
 
     def error_of(self, main: Callable, *arguments: object) -> str:
         """The one line that a script ends with, at an exit code other than 0."""
@@ -115,7 +128,7 @@ class TransformTest(TestCase):
         stored = Image.new("L", (64, 64))
         stored.paste(255, (32, 0, 64, 64))  # the left half black, the right half white
         exif = Image.Exif()
-        exif[ORIENTATION] = 6  # to be shown turned clockwise: the left side comes to the top
+        exif[ExifTags.Base.Orientation] = 6  # to be shown turned clockwise: the left side comes to the top
         stored.save(self.folder / "turned.jpg", exif=exif, quality=95)
         with Image.open(self.folder / "turned.jpg") as image:
             tensor = val_transform(64)(image)[0]
@@ -573,7 +586,7 @@ class TrainingTest(TestCase):
         cls.printed = run_training(cls.data, cls.out, "--epochs", 2)
         cls.best = torch.load(cls.out / "best.pt", weights_only=True)
         cls.last = torch.load(cls.out / "last.pt", weights_only=True)
-        cls.log = [json.loads(line) for line in (cls.out / "log.jsonl").read_text().splitlines()]
+        cls.log = read_log(cls.out)
 
     def weights_of(self, *arguments: object) -> dict[str, torch.Tensor]:
         run_training(self.data, self.folder, "--epochs", 2, *arguments)
@@ -613,8 +626,7 @@ class TrainingTest(TestCase):
         output = io.StringIO()
         output.isatty = lambda: True
         with contextlib.redirect_stdout(output):
-            train.main(["--data", str(self.data), "--out", str(self.folder), "--size", "32",
-                        "--weights", "none", "--epochs", "1", "--workers", "0"])
+            train.main(tiny(self.data, self.folder, "--batch-size", 32))
         self.assertRegex(output.getvalue(), r"\r\033\[Kepoch 1/1  batch 1/1  .* images/s  "
                                             r"loss .*  \d+ s left")
 
@@ -673,12 +685,10 @@ class TrainingTest(TestCase):
         run_training(data, self.folder / "out", "--size", 64, "--batch-size", 1)
         figures = self.evaluate(self.folder / "out" / "best.pt")
         self.assertEqual((figures["top1"], figures["top5"], figures["count"]), (1.0, None, 1))
-        self.assertIn("batches of one image", self.error_of(
-            train.main, "--data", data, "--out", self.folder, "--weights", "none", "--size", 32))
+        self.assertIn("batches of one image", self.error_of(train.main, *tiny(data, self.folder)))
 
     def test_without_data_it_trains_on_the_shapes(self) -> None:
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder)
+        self.enter_folder()
         with contextlib.redirect_stdout(io.StringIO()):
             train.draw_shapes(Path("data/shapes"), train=2, val=1)
         run(train.main, "--epochs", 1, "--workers", 0)
@@ -705,7 +715,7 @@ class TrainingTest(TestCase):
         def stop_in_second_epoch(signals: train.StopSignals, batches: object) -> object:
             for batch in batches:
                 stop_in_second_epoch.calls += 1
-                if stop_in_second_epoch.calls == 6:  # 3 training batches and 2 of val an epoch
+                if stop_in_second_epoch.calls == 7:  # 3 training batches and 2 of val an epoch
                     raise train.Stopped(signal.SIGINT)
                 yield batch
 
@@ -714,19 +724,20 @@ class TrainingTest(TestCase):
               self.assertRaises(SystemExit) as caught):
             run_training(self.data, self.folder, "--epochs", 2)
         self.assertEqual(caught.exception.code, 130)
+        stopped = torch.load(self.folder / "last.pt", weights_only=True)["run"]
+        self.assertEqual((stopped["epoch"], stopped["batch"]), (1, 1))
         run(train.main, "--out", self.folder, "--resume")
         last = torch.load(self.folder / "last.pt", weights_only=True)
         assert_close(last["model"], self.last["model"], rtol=0, atol=0)
         assert_close(last["run"]["optimizer"]["state"], self.last["run"]["optimizer"]["state"],
                      rtol=0, atol=0)
-        log = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
-        for line, expected in zip(log, self.log, strict=True):
+        for line, expected in zip(read_log(self.folder), self.log, strict=True):
             for key in line.keys() - {"seconds", "images_per_second"}:
                 self.assertEqual(line[key], expected[key])
 
     def test_ctrl_c_leaves_a_state_to_go_on_from(self) -> None:
-        command = [sys.executable, str(HERE / "train.py"), "--data", str(self.data), "--out",
-                   str(self.folder), "--weights", "none", "--size", "32", "--epochs", "10000"]
+        command = [sys.executable, HERE / "train.py",
+                   *tiny(self.data, self.folder, "--epochs", 10000, "--workers", 2)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                               start_new_session=True) as process:
             while not process.stdout.readline().startswith("epoch 1/"):
@@ -740,10 +751,9 @@ class TrainingTest(TestCase):
         self.assertFalse(list(self.folder.glob(".*")))
 
     def test_a_loss_that_is_not_finite_stops_after_the_good_state_is_saved(self) -> None:
-        self.assertRegex(self.error_of(
-            train.main, "--data", self.data, "--out", self.folder, "--weights", "none", "--size",
-            32, "--lr", "1e30", "--epochs", 3, "--batch-size", 4, "--workers", 0),
-            "not finite in epoch 1.*try a lower --lr")
+        flags = tiny(self.data, self.folder, "--lr", "1e30", "--epochs", 3, "--batch-size", 4)
+        self.assertRegex(self.error_of(train.main, *flags),
+                         "not finite in epoch 1.*try a lower --lr")
         last = torch.load(self.folder / "last.pt", weights_only=True)
         self.assertTrue(all(value.isfinite().all() for value in last["model"].values()))
 
@@ -779,8 +789,7 @@ class EvaluationTest(TestCase):
 class ReadmeTest(TestCase):
     def test_the_code_runs_as_shown(self) -> None:
         code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder)
+        self.enter_folder()
         exec(compile(code, "README.md", "exec"), {})
         resnet18(num_classes=10).load_state_dict(torch.load("plain_resnet18.pt"))
 
@@ -793,8 +802,7 @@ class BadInputTest(TestCase):
         self.data = write_images(self.folder / "images", train_count=2, val_count=1)
 
     def train_error(self, *arguments: object) -> str:
-        return self.error_of(train.main, "--data", self.data, "--out", self.folder / "out",
-                             "--weights", "none", "--size", 32, "--workers", 0, *arguments)
+        return self.error_of(train.main, *tiny(self.data, self.folder / "out", *arguments))
 
     def write_checkpoint(self, **changes: object) -> Path:
         path = self.folder / "best.pt"
@@ -839,8 +847,8 @@ class BadInputTest(TestCase):
     def test_a_run_that_fails_in_a_worker_ends_at_once_in_one_line(self) -> None:
         image = self.data / "train" / "star" / "1.png"
         image.write_bytes(b"not an image")
-        command = [sys.executable, HERE / "train.py", "--data", self.data, "--out", self.folder,
-                   "--weights", "none", "--size", "32", "--batch-size", "2", "--workers", "2"]
+        command = [sys.executable, HERE / "train.py",
+                   *tiny(self.data, self.folder, "--batch-size", 2, "--workers", 2)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)
         self.assertEqual(result.returncode, 1)
         self.assertRegex(result.stderr,
