@@ -128,7 +128,7 @@ class TransformTest(TestCase):
         stored = Image.new("L", (64, 64))
         stored.paste(255, (32, 0, 64, 64))  # the left half black, the right half white
         exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = 6  # to be shown turned clockwise: the left side comes to the top
+        exif[ExifTags.Base.Orientation] = 6  # shown turned clockwise: the left side at the top
         stored.save(self.folder / "turned.jpg", exif=exif, quality=95)
         with Image.open(self.folder / "turned.jpg") as image:
             tensor = val_transform(64)(image)[0]
