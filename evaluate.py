@@ -23,6 +23,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,9 +57,18 @@ def load_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(repr(path), "the file")
-        raise UnreadableImage(f"cannot read the image {path}: {reason}") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = str(error).replace(repr(path), "the file") or type(error).__name__
+        raise UnreadableImage(f"cannot read the image {path}: {reason} (--skip-unreadable leaves "
+                              "such images out)") from None
+
+
+def is_readable(path: str) -> bool:
+    try:
+        load_image(path)
+    except UnreadableImage:
+        return False
+    return True
 
 
 class ImageFolder(datasets.ImageFolder):
@@ -94,6 +104,30 @@ class ImageFolder(datasets.ImageFolder):
             raise UserError(f"{directory} has classes that the model does not know: "
                             f"{listed(unknown)}; it knows {listed(classes)}")
         return classes, {name: classes.index(name) for name in present}
+
+    def leave_out_unreadable(self, threads: int, share: slice = slice(None),
+                             gather: Callable[[list], list] = list) -> None:
+        """Go on without the images that cannot be read, having read them all, and say which.
+
+        Args:
+            threads: to read with.
+            share: of the images, that this process reads.
+            gather: makes one list of the lists that several processes have.
+        """
+        paths = [path for path, _ in self.samples[share]]
+        with ThreadPool(max(1, threads)) as pool:
+            readable = pool.map(is_readable, paths)
+        unreadable = gather([path for path, fine in zip(paths, readable) if not fine])
+        if not unreadable:
+            return
+        print(f"{self.root}: {len(unreadable)} of {len(self)} images cannot be read and are left "
+              "out:", *sorted(unreadable), sep="\n  ")
+        self.samples = self.imgs = [item for item in self.samples if item[0] not in unreadable]
+        self.targets = [label for _, label in self.samples]
+        emptied = sorted(set(self.class_to_idx.values()) - set(self.targets))
+        if emptied:
+            raise UserError(f"{self.root} has no image that can be read for "
+                            f"{listed([self.classes[label] for label in emptied])}")
 
 
 def listed(names: list[str], most: int = 10) -> str:
@@ -191,8 +225,15 @@ def read_checkpoint(path: str | Path) -> dict:
     kinds = {"model": dict, "arch": str, "classes": list, "size": int, "mean": list, "std": list,
              "epoch": int, "val_acc": float, "data": str, "args": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
-    if not wrong and not {"precision", "batch_size"} <= checkpoint["args"].keys():
-        wrong = ["args"]
+    if not wrong:
+        classes, args = checkpoint["classes"], checkpoint["args"]
+        batch_size = args.get("batch_size")
+        sound = {"classes": all(isinstance(name, str) for name in classes)
+                            and 0 < len(set(classes)) == len(classes),
+                 "size": 32 <= checkpoint["size"] <= 2048,
+                 "args": args.get("precision") in list(DTYPES)
+                         and isinstance(batch_size, int) and batch_size > 0}
+        wrong = [key for key, is_sound in sound.items() if not is_sound]
     if wrong:
         raise UserError(f"{path} is not a checkpoint of train.py: no usable {listed(wrong)} in it")
     return checkpoint
@@ -226,8 +267,12 @@ class Predictions(NamedTuple):
 
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device,
-            precision: str) -> Predictions:
-    """Run a network over batches of images and labels."""
+            precision: str, gather: Callable[[list], list] = list) -> Predictions:
+    """Run a network over batches of images and labels.
+
+    Args:
+        gather: makes one list of the lists that several processes have, each from its own batches.
+    """
     start = time.perf_counter()
     model.eval()
     parts = []
@@ -239,7 +284,8 @@ def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: 
         logits = logits.float()  # (N, K)
         losses = F.cross_entropy(logits, labels, reduction="none")
         parts.append((labels, losses, logits.topk(min(5, logits.shape[1])).indices))
-    labels, losses, top = (torch.cat(column).cpu() for column in zip(*parts))
+    parts = gather([[column.cpu() for column in part] for part in parts])
+    labels, losses, top = (torch.cat(columns) for columns in zip(*parts))
     return Predictions(labels, losses, top, time.perf_counter() - start)
 
 
@@ -296,7 +342,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
 def write_file(path: str | Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -333,6 +379,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
                         help="images at a time (default: as in training)")
     parser.add_argument("--workers", type=number(int, 0, 1024), metavar="N", default=usable_cores(),
                         help="processes that load images; 0: none beside this one")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that "
+                        "cannot be read, as training did if it had this flag")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...")
     parser.add_argument("--precision", choices=["auto", *DTYPES],
                         help="auto: the fastest here (default: as in training)")
@@ -347,6 +395,8 @@ def main(arguments: list[str] | None = None) -> None:
     precision = choose_precision(args.precision or checkpoint["args"]["precision"], device)
     folder = find_splits(args.data or checkpoint["data"], "val") / "val"
     dataset = ImageFolder(folder, val_transform(checkpoint["size"]), classes)
+    if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):
+        dataset.leave_out_unreadable(args.workers)
     loader = make_loader(dataset, device, args.workers,
                          batch_size=args.batch_size or checkpoint["args"]["batch_size"])
     print(f"{args.checkpoint}: {checkpoint['arch']}, {len(classes)} classes, "

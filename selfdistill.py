@@ -22,6 +22,7 @@ projection is the hint of Romero et al., FitNets, arXiv:1412.6550, equation 3.
 import difflib
 import os
 import textwrap
+import zipfile
 from functools import partial
 
 import torch
@@ -216,6 +217,12 @@ def load_tensors(path: str | os.PathLike) -> dict:
     """
     with open(path, "rb") as file:
         try:
+            if zipfile.is_zipfile(file):  # torch.save compresses nothing; a zip bomb does
+                with zipfile.ZipFile(file) as archive:
+                    unpacked = sum(entry.file_size for entry in archive.infolist())
+                if unpacked > os.fstat(file.fileno()).st_size:
+                    raise ValueError("compressed")
+            file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file can raise nearly anything
             content = None
