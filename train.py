@@ -5,6 +5,7 @@
 writes best.pt (best by val accuracy), last.pt (everything needed to go on with --resume) and
 log.jsonl (one line an epoch). Without --data it draws a small data set of its own and trains on
 that. The method is in selfdistill.py; `python evaluate.py best.pt` tells how good the result is.
+On several processes or machines: `torchrun --nproc-per-node N train.py ...`, the same job.
 """
 # First of all, as it checks that torch and torchvision fit together.
 from evaluate import (DTYPES, ImageFolder, Parser, Predictions, UserError, autocast,
@@ -12,10 +13,13 @@ from evaluate import (DTYPES, ImageFolder, Parser, Predictions, UserError, autoc
                       predict, read_checkpoint, run_script, summarize, usable_cores, write_file)
 
 import argparse
+import contextlib
+import hashlib
 import io
 import itertools
 import json
 import math
+import os
 import random
 import shlex
 import shutil
@@ -26,13 +30,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from math import cos, pi, sin
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, Subset
 from torchvision import datasets
 
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss,
@@ -49,7 +56,99 @@ RECIPES = {
                  crop_scale=(0.08, 1.0), detach_teacher=False, normalize=False,
                  train_adapter=False),
 }
+NONE_YET = {"epoch": 0, "val_acc": -1.0}  # the best epoch before there is one
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
+
+
+# The processes: this one alone, or all that torchrun started
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """The rank among the processes of this machine."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+
+
+def gather(values: list) -> list:
+    """The values of all processes in one list, by rank; it also makes them wait for one another."""
+    if not dist.is_initialized():
+        return values
+    lists = [None] * world_size()
+    dist.all_gather_object(lists, values)
+    return list(itertools.chain.from_iterable(lists))
+
+
+def from_first(function: Callable, *arguments: object) -> object:
+    """What a function returns in the process of rank 0, the only one where it runs."""
+    values = [function(*arguments) if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+@contextlib.contextmanager
+def first_on_its_machine_first() -> Iterator[None]:
+    """Let one process of each machine go ahead, to draw or download what the others will find."""
+    is_first = local_rank() == 0
+    if not is_first:
+        gather([])
+    yield
+    if is_first:
+        gather([])
+
+
+def refuse_shared_gpu(device: torch.device) -> None:
+    if device.type == "cuda" and dist.is_initialized() and device.index != local_rank():
+        raise UserError(f"process {rank()} has no GPU of its own: start at most "
+                        f"{torch.cuda.device_count()} on this machine, and name no index in "
+                        "--device")
+
+
+def store_of_attempt() -> dict:
+    """Where the processes find each other: not where those of the attempt before a restart did.
+
+    torchrun keeps one store for all attempts, so that connecting anew can find the addresses of
+    processes that have ended (pytorch/pytorch issue 135712). Machines may count attempts
+    differently; several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment.
+    """
+    environ = os.environ
+    if (environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            or environ["WORLD_SIZE"] != environ["LOCAL_WORLD_SIZE"]):
+        return {}
+    store = dist.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False)
+    return {"store": dist.PrefixStore(environ["TORCHELASTIC_RESTART_COUNT"], store),
+            "rank": int(environ["RANK"]), "world_size": int(environ["WORLD_SIZE"])}
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did; only that of rank 0 prints."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                            **store_of_attempt())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    with contextlib.ExitStack() as stack:
+        if rank() > 0:
+            null = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(null))
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            reason = str(error).partition(". ")[0]
+            raise UserError(f"process {rank()} has lost the others; one of them tells why, or was "
+                            f"killed ({reason})") from None
+    dist.destroy_process_group()
 
 
 # The data
@@ -153,11 +252,11 @@ class EpochBatches(Sampler):
     """The batches of one epoch, in an order that seed and epoch decide, from `start` on.
 
     All batches are of the same size within one image, so that none is too small for batch norm.
-    Set `epoch` and `start` before iterating.
+    Each process gets its part of every batch. Set `epoch` and `start` before iterating.
 
     Args:
         count: images in the data set.
-        batch_size: images in a batch, at most.
+        batch_size: images in a batch, at most, on all processes together.
         seed: of the order and of every image's augmentation.
     """
 
@@ -168,19 +267,49 @@ class EpochBatches(Sampler):
     def __len__(self) -> int:
         return math.ceil(self.count / self.batch_size)
 
+    def size(self, position: int) -> int:
+        """Images in the batch at a position, on all processes together."""
+        return self.count // len(self) + (position < self.count % len(self))
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # Seeds are 32 bits, as torch's CPU generator ignores all higher ones.
-        mixed = random.Random(f"{self.seed} {self.epoch}").getrandbits(32)
-        generator = torch.Generator().manual_seed(mixed)
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
         seeds = torch.randint(2 ** 32, (self.count,), generator=generator)
         order = torch.randperm(self.count, generator=generator)
         for batch in order.tensor_split(len(self))[self.start:]:
-            yield list(zip(batch.tolist(), seeds[batch].tolist()))
+            part = batch.tensor_split(world_size())[rank()]
+            yield list(zip(part.tolist(), seeds[part].tolist()))
 
 
-def make_data(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, list[str]]:
-    """The loaders of both splits, and the classes, which must be the same in both."""
-    folder = find_data(args.data)
+def mix(*numbers: int) -> int:
+    """A seed made of numbers: 32 bits, as torch's CPU generator ignores all higher ones."""
+    return random.Random(" ".join(map(str, numbers))).getrandbits(32)
+
+
+class Data(NamedTuple):
+    """Both splits, and loaders of this process's share of them."""
+    train_set: AugmentedFolder
+    val_set: ImageFolder
+    train_loader: DataLoader
+    val_loader: DataLoader
+
+    @property
+    def classes(self) -> list[str]:
+        return self.train_set.classes
+
+    def fingerprint(self) -> dict[str, str]:
+        """What tells whether the images of each split are still the same: number and names."""
+        prints = {}
+        for split, dataset in (("train", self.train_set), ("val", self.val_set)):
+            names = "\n".join(path[len(dataset.root):] for path, _ in dataset.samples)
+            digest = hashlib.sha256(os.fsencode(names)).hexdigest()
+            prints[split] = f"{len(dataset)} images (SHA-256 of their names: {digest[:16]})"
+        return prints
+
+
+def make_data(args: argparse.Namespace, device: torch.device) -> Data:
+    """Both splits, whose classes must be the same, and their loaders."""
+    with first_on_its_machine_first():
+        folder = find_data(args.data)
     args.data = str(folder.resolve())
     scale = RECIPES[args.recipe]["crop_scale"]
     train_set = AugmentedFolder(folder / "train", train_transform(args.size, scale))
@@ -189,27 +318,44 @@ def make_data(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, list[st
     if unmatched:
         raise UserError(f"the classes of train/ and val/ in {folder} differ: only one of them "
                         f"has {listed(unmatched)}")
+    share = slice(rank(), None, world_size())
+    workers = args.workers
+    if workers is None:
+        workers = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if args.skip_unreadable:
+        for dataset in (train_set, val_set):
+            dataset.leave_out_unreadable(workers, share, gather)
     batches = EpochBatches(len(train_set), args.batch_size, args.seed)
-    if args.size <= 32 and len(train_set) < 2 * len(batches):
-        raise UserError("batches of one image at 32 pixels leave batch norm one value a channel: "
-                        "use a larger --size or --batch-size")
-    device = torch.device(args.device)
-    return (make_loader(train_set, device, args.workers, batch_sampler=batches),
-            make_loader(val_set, device, args.workers, batch_size=args.batch_size),
-            train_set.classes)
+    refuse_small_batches(batches, args.size)
+    return Data(train_set, val_set, make_loader(train_set, device, workers, batch_sampler=batches),
+                make_loader(Subset(val_set, range(len(val_set))[share]), device, workers,
+                            batch_size=args.batch_size // world_size()))
+
+
+def refuse_small_batches(batches: EpochBatches, size: int) -> None:
+    if batches.batch_size % world_size():
+        raise UserError(f"--batch-size {batches.batch_size} cannot be split evenly among "
+                        f"{world_size()} processes: use a multiple of {world_size()}")
+    least = batches.size(len(batches) - 1) // world_size()
+    if least < (2 if size <= 32 else 1):  # at 32 pixels, batch norm has one value an image
+        raise UserError(f"the smallest batch leaves a process {least} images, too few for batch "
+                        f"norm at {size} pixels: use a larger --batch-size or --size")
 
 
 # The network and its optimiser
 
-def make_model(args: argparse.Namespace, num_classes: int) -> HookedModel:
+def make_model(weights: str, num_classes: int, device: torch.device) -> HookedModel:
     try:
-        model = hooked_resnet18(num_classes, args.weights)
+        with first_on_its_machine_first():
+            model = hooked_resnet18(num_classes, weights)
     except ValueError as error:
         raise UserError(f"--weights {error}") from None
     except OSError as error:
-        raise UserError(f"cannot get the weights {args.weights!r} ({error}): give a FILE, or "
-                        "none for random weights") from None
-    return model.to(args.device, memory_format=torch.channels_last)
+        raise UserError(f"cannot get the weights {weights!r} ({error}): give a FILE, or none for "
+                        "random weights") from None
+    if device.type == "cuda" and world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def make_criterion(args: argparse.Namespace, model: HookedModel) -> SelfDistillationLoss:
@@ -218,7 +364,27 @@ def make_criterion(args: argparse.Namespace, model: HookedModel) -> SelfDistilla
         args.alpha, *model.feature_channels(), detach_teacher=recipe["detach_teacher"],
         normalize=recipe["normalize"], label_smoothing=recipe["label_smoothing"])
     criterion.adapter.requires_grad_(recipe["train_adapter"])
-    return criterion.to(args.device)
+    return criterion
+
+
+class Distiller(nn.Module):
+    """The hooked network and its loss as one module, so that DDP averages the gradients of both.
+
+    Shape:
+        - images: (N, 3, H, W); labels: (N)
+        - returns logits (N, K), and the two terms of the loss, scalars, which are computed in
+          fp32 whatever the precision
+    """
+
+    def __init__(self, model: HookedModel, criterion: SelfDistillationLoss, precision: str) -> None:
+        super().__init__()
+        self.model, self.criterion, self.precision = model, criterion, precision
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with autocast(images.device, self.precision):
+            logits, student, teacher = self.model(images)
+        logits = logits.float()
+        return logits, *self.criterion.terms(logits, labels, student.float(), teacher.float())
 
 
 def make_optimizer(args: argparse.Namespace, model: HookedModel,
@@ -247,7 +413,10 @@ def make_scheduler(optimizer: SGD, one_cycle: bool, steps: int) -> LRScheduler:
 # The run
 
 class Run:
-    """All that changes while training; what last.pt keeps of it is `state_dict()`."""
+    """All that changes while training; what last.pt keeps of it is `state_dict()`.
+
+    No random state is among it: seed, epoch, batch and rank decide that of every step.
+    """
 
     PARTS = ("criterion", "optimizer", "scheduler", "scaler")
     FIGURES = ("epoch", "batch", "totals", "seconds", "log", "best")
@@ -259,7 +428,7 @@ class Run:
         self.device = next(model.parameters()).device
         self.epoch = 0  # epochs completed
         self.log: list[dict] = []  # a line for each of them
-        self.best = {"epoch": 0, "val_acc": -1.0}
+        self.best = dict(NONE_YET)
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -270,8 +439,7 @@ class Run:
 
     def state_dict(self) -> dict:
         return ({name: getattr(self, name).state_dict() for name in self.PARTS}
-                | {name: getattr(self, name) for name in self.FIGURES}
-                | {"random": torch.get_rng_state()})
+                | {name: getattr(self, name) for name in self.FIGURES})
 
     def load_state_dict(self, state: dict) -> None:
         for name in self.PARTS:
@@ -279,10 +447,9 @@ class Run:
         for name in self.FIGURES:
             setattr(self, name, state[name])
         self.totals = self.totals.to(self.device)
-        torch.set_rng_state(state["random"])
 
-    def check_finite(self) -> None:
-        if not self.totals.isfinite().all():
+    def check_finite(self, *tensors: Tensor) -> None:
+        if not all(tensor.isfinite().all() for tensor in (self.totals, *tensors)):
             rate = max(group["lr"] for group in self.optimizer.param_groups)
             raise UserError(f"the loss is not finite in epoch {self.epoch + 1}, by batch "
                             f"{self.batch} (learning rate {rate:.3g}): try a lower --lr; last.pt "
@@ -293,13 +460,26 @@ class Stopped(Exception):
     """The run was asked to stop, by the signal whose number is the argument."""
 
 
-class StopSignals:
-    """Notes Ctrl-C and SIGTERM, so that the step under way is finished; a second stops at once."""
+class Checkpointer:
+    """Saves a run after each epoch, every so often, and on signals; always between two steps.
 
-    def __enter__(self) -> "StopSignals":
-        self.received = 0
-        self.previous = {number: signal.signal(number, self.note)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
+    SIGINT (Ctrl-C) and SIGTERM save and stop it, SIGUSR1 saves and goes on; a second SIGINT stops
+    at once. A signal to any of several processes is one to all.
+
+    Args:
+        run: to save.
+        args: the settings of the run; its `save_every` is in minutes.
+        data: that it is trained on.
+    """
+
+    def __init__(self, run: Run, args: argparse.Namespace, data: Data) -> None:
+        self.run, self.args, self.classes = run, args, data.classes
+        self.fingerprint = data.fingerprint()
+
+    def __enter__(self) -> "Checkpointer":
+        self.stop, self.wanted, self.saved = 0, False, time.monotonic()
+        self.previous = {getattr(signal, name): signal.signal(getattr(signal, name), self.note)
+                         for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -307,16 +487,79 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number: int, frame: object) -> None:
-        if self.received:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            self.wanted = True
+        elif number == signal.SIGINT and self.stop == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        else:
+            self.stop = self.stop or number
 
-    def until_received(self, batches: Iterable) -> Iterator:
-        """The batches, as long as no signal has come; then Stopped is raised between two."""
-        for batch in batches:
-            if self.received:
-                raise Stopped(self.received)
-            yield batch
+    def attend(self, batches: Iterable, steps: int) -> Iterator:
+        """The batches; between two of them the run is saved or, by Stopped, left when asked to.
+
+        Args:
+            batches: those of this process.
+            steps: the number of batches of the process that has the most of them.
+        """
+        batches = itertools.chain.from_iterable([batches])  # starts its workers when first asked
+        for _ in range(steps):
+            batch = self.fetch(batches)
+            due = rank() == 0 and time.monotonic() - self.saved >= 60 * self.args.save_every
+            wishes = torch.tensor([self.stop, self.wanted or due])
+            if dist.is_initialized():
+                dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+            stop, save = wishes.tolist()
+            if stop:
+                raise Stopped(stop)
+            if save:
+                self.save()
+            if batch is not None:
+                yield batch
+
+    def fetch(self, batches: Iterator) -> tuple[Tensor, Tensor] | None:
+        """The next batch; None after the last, or where this process has been asked to stop."""
+        if self.stop:
+            return None
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            if self.stop:  # the signal reached the loader's workers, too
+                return None
+            raise UserError(f"a process that loads images has died ({error}), maybe for want of "
+                            "memory: try fewer --workers; last.pt keeps the last state "
+                            "saved") from None
+        if hasattr(signal, "SIGCHLD"):  # by torch's handler a worker's death would break up a step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return batch
+
+    def save(self) -> None:
+        """Write last.pt and log.jsonl; before them best.pt, if the epoch just ended is the best."""
+        self.wanted, self.saved = False, time.monotonic()
+        run, args = self.run, self.args
+        run.check_finite(*run.model.parameters())
+        if rank() > 0:
+            return
+        settings = {name: value for name, value in vars(args).items()
+                    if name not in ("out", "resume")}
+        checkpoint = {"model": run.model.model.state_dict(), "arch": "resnet18",
+                      "classes": self.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
+                      "std": list(IMAGENET_STD), "epoch": run.epoch,
+                      "val_acc": run.log[-1]["val_acc"] if run.log else 0.0,
+                      "data": args.data, "args": settings}
+        if run.batch == 0 and run.epoch == run.best["epoch"] > 0:
+            write_checkpoint(Path(args.out, "best.pt"), checkpoint)
+        state = run.state_dict() | {"data": self.fingerprint}
+        write_checkpoint(Path(args.out, "last.pt"), checkpoint | {"run": state})
+        lines = "".join(json.dumps(line) + "\n" for line in run.log)
+        write_file(Path(args.out, "log.jsonl"), lines.encode())
+
+
+def write_checkpoint(path: Path, checkpoint: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_file(path, buffer.getbuffer())
 
 
 class Progress:
@@ -354,33 +597,47 @@ def duration(seconds: float) -> str:
             else f"{seconds} s")
 
 
-def train_epoch(run: Run, network: nn.Module, batches: Iterable, precision: str,
+def train_epoch(run: Run, network: nn.Module, batches: Iterable, sampler: EpochBatches,
                 progress: Progress) -> None:
     """Train on the rest of an epoch's batches, adding up the figures in `run.totals`."""
     network.train()
-    run.criterion.train()
     start = time.perf_counter() - run.seconds
     for images, labels in batches:
+        torch.manual_seed(mix(sampler.seed, run.epoch, run.batch, rank()))
         images = images.to(run.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(run.device, non_blocking=True)
         run.optimizer.zero_grad()
-        with autocast(run.device, precision):
-            logits, student, teacher = network(images)
-        logits = logits.float()  # the losses are computed in fp32 whatever the precision
-        ce, distillation = run.criterion.terms(logits, labels, student.float(), teacher.float())
+        logits, ce, distillation = network(images, labels)
         loss = run.criterion.combine(ce, distillation)
-        run.scaler.scale(loss).backward()
+        # DDP takes the mean over the processes, whose parts of a batch may differ by one image.
+        share = len(labels) * world_size() / sampler.size(run.batch)
+        run.scaler.scale(loss * share).backward()
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.scheduler.step()
 
         correct = (logits.argmax(dim=1) == labels).float().mean()
         figures = torch.stack([torch.ones_like(loss), loss, ce, distillation, correct])
-        run.totals += figures.detach() * len(labels)
+        figures = figures.detach() * len(labels)
+        if dist.is_initialized():
+            dist.all_reduce(figures)
+        run.totals += figures
         run.batch += 1
         run.seconds = time.perf_counter() - start
         progress.show(run)
     run.check_finite()
+
+
+def validate(run: Run, data: Data, batches: Iterable, precision: str) -> Predictions:
+    """Predictions for the val images, each by one of the processes, in the order of the folder."""
+    if dist.is_initialized():
+        for buffer in run.model.buffers():  # the statistics of batch norm
+            dist.broadcast(buffer, src=0)
+    predictions = predict(run.model.model, batches, run.device, precision, gather)
+    indices = torch.arange(len(data.val_set))
+    order = torch.cat([indices[first::world_size()] for first in range(world_size())]).argsort()
+    *columns, seconds = predictions
+    return Predictions(*(column[order] for column in columns), seconds)
 
 
 def finish_epoch(run: Run, predictions: Predictions, classes: list[str]) -> dict:
@@ -404,19 +661,20 @@ def finish_epoch(run: Run, predictions: Predictions, classes: list[str]) -> dict
     return line
 
 
-def train(run: Run, train_loader: DataLoader, val_loader: DataLoader, classes: list[str],
-          args: argparse.Namespace, signals: StopSignals) -> None:
+def train(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpointer) -> None:
     """Train and validate for the epochs that are left, saving after each."""
-    network = torch.compile(run.model) if args.compile else run.model
-    batches = train_loader.batch_sampler
-    progress = Progress(args.epochs, len(batches), batches.count)
+    network = make_network(run, args)
+    sampler = data.train_loader.batch_sampler
+    val_steps = math.ceil(len(data.val_set) / args.batch_size)
+    progress = Progress(args.epochs, len(sampler), sampler.count)
     while run.epoch < args.epochs:
-        batches.epoch, batches.start = run.epoch, run.batch
-        train_epoch(run, network, signals.until_received(train_loader), args.precision, progress)
-        predictions = predict(run.model.model, signals.until_received(val_loader), run.device,
-                              args.precision)
-        line = finish_epoch(run, predictions, classes)
-        save(run, args, classes)
+        sampler.epoch, sampler.start = run.epoch, run.batch
+        batches = checkpointer.attend(data.train_loader, len(sampler) - run.batch)
+        train_epoch(run, network, batches, sampler, progress)
+        batches = checkpointer.attend(data.val_loader, val_steps)
+        predictions = validate(run, data, batches, args.precision)
+        line = finish_epoch(run, predictions, data.classes)
+        checkpointer.save()
         progress.clear()
         print(f"epoch {run.epoch}/{args.epochs}  loss {line['train_loss']:.4f} "
               f"(ce {line['ce_loss']:.4f}, distillation {line['distillation_loss']:.4g})  "
@@ -424,23 +682,15 @@ def train(run: Run, train_loader: DataLoader, val_loader: DataLoader, classes: l
               f"{line['images_per_second']:.1f} images/s  {line['seconds']:.1f} s", flush=True)
 
 
-def save(run: Run, args: argparse.Namespace, classes: list[str]) -> None:
-    """Write last.pt and log.jsonl; before them best.pt, where the epoch just ended is the best."""
-    checkpoint = {"model": run.model.model.state_dict(), "arch": "resnet18", "classes": classes,
-                  "size": args.size, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD),
-                  "epoch": run.epoch, "val_acc": run.log[-1]["val_acc"] if run.log else 0.0,
-                  "data": args.data, "args": vars(args)}
-    if run.batch == 0 and run.epoch == run.best["epoch"] > 0:
-        write_checkpoint(Path(args.out, "best.pt"), checkpoint)
-    write_checkpoint(Path(args.out, "last.pt"), checkpoint | {"run": run.state_dict()})
-    lines = "".join(json.dumps(line) + "\n" for line in run.log)
-    write_file(Path(args.out, "log.jsonl"), lines.encode())
-
-
-def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_file(path, buffer.getvalue())
+def make_network(run: Run, args: argparse.Namespace) -> nn.Module:
+    """The network and its loss, compiled and distributed as asked."""
+    network = Distiller(run.model, run.criterion, args.precision)
+    if args.compile:
+        network = torch.compile(network)
+    if dist.is_initialized():
+        devices = [run.device] if run.device.type == "cuda" else None
+        network = DistributedDataParallel(network, device_ids=devices)
+    return network
 
 
 # The command line
@@ -457,16 +707,20 @@ def make_parser() -> Parser:
                        "imagenette2-160 is downloaded (default: drawn shapes in ./data/shapes)")
     group.add_argument("--out", metavar="DIR", default=".",
                        help="for best.pt, last.pt and log.jsonl (default: the current folder)")
-    group.add_argument("--resume", metavar="FILE", nargs="?", const="last.pt",
-                       help="go on from FILE (default: last.pt in --out); auto: from last.pt if "
-                       "there is one")
+    group.add_argument("--resume", metavar="FILE", nargs="?", const="",
+                       help="go on from FILE (default: last.pt in --out), by default in its "
+                       "folder; auto: from last.pt, or anew if there is none yet")
+    group.add_argument("--save-every", type=number(float, 0), metavar="MINUTES", default=10.0,
+                       help="write last.pt so often, besides after each epoch (default: 10)")
+    group.add_argument("--skip-unreadable", action=argparse.BooleanOptionalAction, default=False,
+                       help="leave out images that cannot be read, having tried all at the start")
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=list(RECIPES), default="tuned", help="the defaults of "
                        "the flags below, and the form of the loss (default: tuned)")
     group.add_argument("--epochs", type=number(int, 1), default=5, metavar="N",
                        help="passes over the images (default: 5)")
-    group.add_argument("--batch-size", type=number(int, 1), metavar="N",
-                       help=f"images a step (default: {by_recipe('batch_size')})")
+    group.add_argument("--batch-size", type=number(int, 1), metavar="N", help="images a step, on "
+                       f"all processes together (default: {by_recipe('batch_size')})")
     group.add_argument("--lr", type=number(float, 0), metavar="RATE", help="peak learning rate of "
                        f"the layers that have weights (default: {by_recipe('lr')}; from random "
                        f"weights: {by_recipe('scratch_lr')})")
@@ -482,29 +736,43 @@ def make_parser() -> Parser:
                        help="height and width of the images (default: 224; 32 for the drawn "
                        "shapes)")
     group = parser.add_argument_group("machine")
-    group.add_argument("--workers", type=number(int, 0, 1024), metavar="N", default=usable_cores(),
-                       help="processes that load images; 0: none beside this one (default: "
-                       f"{usable_cores()}, the cores usable here)")
+    group.add_argument("--workers", type=number(int, 0, 1024), metavar="N", help="processes that "
+                       "load images, for each that trains; 0: none beside that (default: its "
+                       f"share of the cores usable here, {usable_cores()})")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: "
                        "auto, the best there is)")
     group.add_argument("--precision", choices=["auto", *DTYPES], default="auto",
                        help="of the network; the losses are in fp32 (default: auto, the fastest)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                       help="torch.compile the network")
     return parser
 
 
 def parse_args(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """The settings of the run, and the checkpoint to resume, whose settings are the defaults."""
     parser = make_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
-    checkpoint = read_resumed(args) if args.resume else None
+    checkpoint = None if args.resume is None else from_first(read_resumed, args)
     if checkpoint:
-        parser.set_defaults(**checkpoint["args"])
-        args = parser.parse_args(arguments)
-        refuse_contradictions(args, checkpoint["args"])
-    else:
-        apply_defaults(args)
+        saved = [f"--out={resumed_path(args).parent}", *as_flags(checkpoint["args"])]
+        args, before = parser.parse_args([*saved, *arguments]), parser.parse_args(saved)
+        apply_defaults(before)
+        refuse_contradictions(args, before)
+    apply_defaults(args)
     return args, checkpoint
+
+
+def as_flags(settings: dict) -> list[str]:
+    """Settings as flags, so that what a file says is checked like what a user types."""
+    flags = []
+    for name, value in settings.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def apply_defaults(args: argparse.Namespace) -> None:
@@ -520,9 +788,13 @@ def apply_defaults(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
+def resumed_path(args: argparse.Namespace) -> Path:
+    return Path(args.out, "last.pt") if args.resume in ("", "auto") else Path(args.resume)
+
+
 def read_resumed(args: argparse.Namespace) -> dict | None:
     """The checkpoint that --resume names; None if it is "auto" and there is none yet."""
-    path = Path(args.out, "last.pt") if args.resume in ("auto", "last.pt") else Path(args.resume)
+    path = resumed_path(args)
     if args.resume == "auto" and not path.exists():
         print(f"no {path} yet: starting anew")
         return None
@@ -533,13 +805,22 @@ def read_resumed(args: argparse.Namespace) -> dict | None:
     return checkpoint
 
 
-def refuse_contradictions(args: argparse.Namespace, saved: dict) -> None:
+def refuse_contradictions(args: argparse.Namespace, before: argparse.Namespace) -> None:
     """Where a run may not change between its parts."""
-    for name in ("recipe", "batch_size", "lr", "alpha", "size", "weights", "seed", "precision",
-                 "epochs"):
-        if getattr(args, name) != saved[name]:
+    if args.precision == "auto":
+        args.precision = before.precision
+    for name in ("recipe", "batch_size", "lr", "alpha", "size", "weights", "seed", "precision"):
+        if getattr(args, name) != getattr(before, name):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run "
-                            f"to resume, which has {saved[name]}")
+                            f"to resume, which has {getattr(before, name)}")
+    one_cycle = RECIPES[args.recipe]["one_cycle"]
+    if args.epochs < before.epochs or (args.epochs > before.epochs and one_cycle):
+        reason = "its learning rate ends there" if one_cycle else "they can only be raised"
+        raise UserError(f"--epochs {args.epochs} contradicts the run to resume, which has "
+                        f"{before.epochs}: {reason}; for a new run from what it has learned, give "
+                        "--weights best.pt")
+    if args.epochs > before.epochs:
+        print(f"epochs     {args.epochs} instead of {before.epochs}, at the same learning rate")
 
 
 def make_out(out: Path, resumed: bool) -> None:
@@ -557,48 +838,85 @@ def make_out(out: Path, resumed: bool) -> None:
     print(f"kept the earlier {listed(earlier)} as {listed(kept)}")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def make_run(args: argparse.Namespace, device: torch.device, data: Data, resumed: bool) -> Run:
+    """A run at its start; one to be resumed needs no initial weights."""
+    torch.manual_seed(args.seed)
+    model = make_model("none" if resumed else args.weights, len(data.classes), device)
+    criterion = make_criterion(args, model).to(device)
+    optimizer = make_optimizer(args, model, criterion)
+    scheduler = make_scheduler(optimizer, RECIPES[args.recipe]["one_cycle"],
+                               args.epochs * len(data.train_loader))
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    return Run(model, criterion, optimizer, scheduler, scaler)
+
+
+def restore(run: Run, checkpoint: dict, data: Data, args: argparse.Namespace) -> None:
+    """Put a run where a checkpoint has left it, provided that its data are still the same."""
+    try:
+        changeable = [("its classes are", data.classes, checkpoint["classes"])]
+        changeable += [(f"{split}/ has", now, checkpoint["run"]["data"][split])
+                       for split, now in data.fingerprint().items()]
+        for what, now, then in changeable:
+            if now != then:
+                raise UserError(f"{args.data} has changed since the run began: {what} {now} now, "
+                                f"{then} then")
+        run.model.model.load_state_dict(checkpoint["model"])
+        run.load_state_dict(checkpoint["run"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"the checkpoint cannot be resumed, as it is damaged or of another version "
+                        f"({error!r})") from None
+    best = run.best["epoch"]
+    if best and not Path(args.out, "best.pt").exists() and (run.epoch, run.batch) != (best, 0):
+        print(f"there is no best.pt of epoch {best} in {args.out}: the best is counted from here")
+        run.best = dict(NONE_YET)
+
+
+def fine_tune(arguments: list[str] | None) -> int:
+    """Train as the command line asks; returns the exit code."""
     started = time.perf_counter()
     args, checkpoint = parse_args(arguments)
     device = choose_device(args.device)
-    args.device, args.precision = str(device), choose_precision(args.precision, device)
-    torch.manual_seed(args.seed)
-    train_loader, val_loader, classes = make_data(args)
-    recipe = RECIPES[args.recipe]
-    model = make_model(args, len(classes))
-    criterion = make_criterion(args, model)
-    optimizer = make_optimizer(args, model, criterion)
-    scheduler = make_scheduler(optimizer, recipe["one_cycle"], args.epochs * len(train_loader))
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    run = Run(model, criterion, optimizer, scheduler, scaler)
+    refuse_shared_gpu(device)
+    args.precision = from_first(choose_precision, args.precision, device)
+    data = make_data(args, device)
+    run = make_run(args, device, data, resumed=checkpoint is not None)
     if checkpoint:
-        model.model.load_state_dict(checkpoint["model"])
-        run.load_state_dict(checkpoint["run"])
-    make_out(Path(args.out), resumed=checkpoint is not None)
+        restore(run, checkpoint, data, args)
+    if rank() == 0:
+        make_out(Path(args.out), resumed=checkpoint is not None)
 
-    print(f"data       {args.data}: {train_loader.batch_sampler.count} train and "
-          f"{len(val_loader.dataset)} val images, {len(classes)} classes")
+    print(f"data       {args.data}: {len(data.train_set)} train and {len(data.val_set)} val "
+          f"images, {len(data.classes)} classes")
     print(f"network    resnet18, weights: {args.weights}")
-    print(f"machine    {device}, {args.precision}, {args.workers} workers")
+    print(f"machine    {device}, {args.precision}, {data.train_loader.num_workers} workers"
+          + (f" for each of {world_size()} processes" if dist.is_initialized() else ""))
     print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr {args.lr:g}, "
           f"alpha {args.alpha:g}, seed {args.seed}", flush=True)
-    with StopSignals() as signals:
+    with Checkpointer(run, args, data) as checkpointer:
         try:
-            save(run, args, classes)
-            train(run, train_loader, val_loader, classes, args, signals)
+            checkpointer.save()
+            train(run, data, args, checkpointer)
         except Stopped as stopped:
             Progress.clear()
-            run.check_finite()
-            save(run, args, classes)
-            last = shlex.quote(str(Path(args.out, "last.pt")))
+            checkpointer.save()
+            launcher = "torchrun ..." if dist.is_initialized() else "python"
             print(f"stopped in epoch {run.epoch + 1} after batch {run.batch}; go on with: "
-                  f"python {shlex.quote(sys.argv[0])} --resume {last}")
-            sys.exit(128 + stopped.args[0])
-    best = shlex.quote(str(Path(args.out, "best.pt")))
+                  f"{launcher} {shlex.quote(sys.argv[0])} --resume "
+                  f"{shlex.quote(str(Path(args.out, 'last.pt')))}", flush=True)
+            return 128 + stopped.args[0]
     print(f"best val accuracy {run.best['val_acc']:.4f} in epoch {run.best['epoch']} (on "
-          f"{len(val_loader.dataset)} val images; ties go to the earlier epoch), "
+          f"{len(data.val_set)} val images; ties go to the earlier epoch), "
           f"{duration(time.perf_counter() - started)}")
-    print(f"python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} {best}")
+    print(f"python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
+          f"{shlex.quote(str(Path(args.out, 'best.pt')))}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    with process_group():
+        code = fine_tune(arguments)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
