@@ -6,16 +6,27 @@ import gc
 import io
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import random
 import re
+import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
+import time
 import unittest
 import weakref
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from unittest import mock
 from urllib.error import URLError
@@ -71,6 +82,14 @@ def tiny(data: Path, out: Path, *arguments: object) -> list[str]:
 
 def run_training(data: Path, out: Path, *arguments: object) -> str:
     return run(train.main, *tiny(data, out, *arguments))
+
+
+def checkpoint_of(data: Path, arch: str = "resnet18") -> dict:
+    """A best.pt of `write_images`, untrained."""
+    return {"model": models.get_model(arch, num_classes=3).state_dict(), "arch": arch,
+            "classes": ["circle", "square", "star"], "size": 32, "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD), "epoch": 1, "val_acc": 0.5, "data": str(data),
+            "args": {"precision": "fp32", "batch_size": 8}}
 
 
 def read_log(out: Path) -> list[dict]:
@@ -557,7 +576,8 @@ class OptimizerTest(unittest.TestCase):
         result = train.Run(model, criterion, optimizer,
                            train.make_scheduler(optimizer, one_cycle=False, steps=3),
                            torch.amp.GradScaler("cpu", enabled=False))
-        train.train_epoch(result, model, batches, "fp32", train.Progress(1, 3, 12))
+        train.train_epoch(result, train.Distiller(model, criterion, "fp32"), batches,
+                          train.EpochBatches(12, 4, seed=0), train.Progress(1, 3, 12))
         assert_close(model.model.state_dict(), plain.state_dict())
 
     def test_one_cycle_warms_up_and_ends_near_nought(self) -> None:
@@ -685,7 +705,8 @@ class TrainingTest(TestCase):
         run_training(data, self.folder / "out", "--size", 64, "--batch-size", 1)
         figures = self.evaluate(self.folder / "out" / "best.pt")
         self.assertEqual((figures["top1"], figures["top5"], figures["count"]), (1.0, None, 1))
-        self.assertIn("batches of one image", self.error_of(train.main, *tiny(data, self.folder)))
+        self.assertIn("leaves a process 1 images, too few",
+                      self.error_of(train.main, *tiny(data, self.folder)))
 
     def test_without_data_it_trains_on_the_shapes(self) -> None:
         self.enter_folder()
@@ -711,51 +732,503 @@ class TrainingTest(TestCase):
         self.assertRegex(self.error_of(evaluate.main, self.out / "best.pt", "--data",
                                        self.folder / "other"), "does not know: cross; it knows")
 
-    def test_training_resumed_ends_as_if_it_had_not_been_stopped(self) -> None:
-        def stop_in_second_epoch(signals: train.StopSignals, batches: object) -> object:
-            for batch in batches:
-                stop_in_second_epoch.calls += 1
-                if stop_in_second_epoch.calls == 7:  # 3 training batches and 2 of val an epoch
-                    raise train.Stopped(signal.SIGINT)
-                yield batch
-
-        stop_in_second_epoch.calls = 0
-        with (mock.patch.object(train.StopSignals, "until_received", stop_in_second_epoch),
-              self.assertRaises(SystemExit) as caught):
-            run_training(self.data, self.folder, "--epochs", 2)
-        self.assertEqual(caught.exception.code, 130)
-        stopped = torch.load(self.folder / "last.pt", weights_only=True)["run"]
-        self.assertEqual((stopped["epoch"], stopped["batch"]), (1, 1))
-        run(train.main, "--out", self.folder, "--resume")
-        last = torch.load(self.folder / "last.pt", weights_only=True)
-        assert_close(last["model"], self.last["model"], rtol=0, atol=0)
-        assert_close(last["run"]["optimizer"]["state"], self.last["run"]["optimizer"]["state"],
-                     rtol=0, atol=0)
-        for line, expected in zip(read_log(self.folder), self.log, strict=True):
-            for key in line.keys() - {"seconds", "images_per_second"}:
-                self.assertEqual(line[key], expected[key])
-
-    def test_ctrl_c_leaves_a_state_to_go_on_from(self) -> None:
-        command = [sys.executable, HERE / "train.py",
-                   *tiny(self.data, self.folder, "--epochs", 10000, "--workers", 2)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              start_new_session=True) as process:
-            while not process.stdout.readline().startswith("epoch 1/"):
-                self.assertIsNone(process.poll(), "the run ended before its first epoch")
-            os.killpg(process.pid, signal.SIGINT)  # the loader's workers get it too
-            output, errors = process.communicate(timeout=60)
-        self.assertEqual((process.returncode, errors), (130, ""))
-        self.assertIn("go on with: python", output)
-        self.assertIn(f"--resume {self.folder / 'last.pt'}", output)
-        evaluate.read_checkpoint(self.folder / "last.pt")
-        self.assertFalse(list(self.folder.glob(".*")))
-
     def test_a_loss_that_is_not_finite_stops_after_the_good_state_is_saved(self) -> None:
         flags = tiny(self.data, self.folder, "--lr", "1e30", "--epochs", 3, "--batch-size", 4)
         self.assertRegex(self.error_of(train.main, *flags),
                          "not finite in epoch 1.*try a lower --lr")
         last = torch.load(self.folder / "last.pt", weights_only=True)
         self.assertTrue(all(value.isfinite().all() for value in last["model"].values()))
+
+
+class Training(multiprocessing.get_context("forkserver").Process):
+    """train.py in a process of its own, as its command line would run it.
+
+    Args:
+        arguments: of the command line.
+        log: the file that gets what it prints, errors too.
+        prepare: called in the process before; it must not be a lambda.
+    """
+
+    def __init__(self, arguments: list[str], log: Path, prepare: Callable = int) -> None:
+        super().__init__(target=train_as_a_script, args=(arguments, log, prepare))
+        self.log = log
+        log.unlink(missing_ok=True)
+        self.start()
+
+    def wait_for(self, text: str) -> None:
+        """Until it has printed this."""
+        deadline = time.monotonic() + 60
+        while text not in self.printed():
+            if not self.is_alive() or time.monotonic() > deadline:
+                raise AssertionError(f"{text!r} was not printed, but: {self.printed()}")
+            time.sleep(0.02)
+
+    def printed(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def exit_code(self) -> int:
+        self.join(60)
+        return self.exitcode
+
+
+def train_as_a_script(arguments: list[str], log: Path, prepare: Callable) -> None:
+    """What a `Training` does. On one thread, so that two of them do not slow each other down."""
+    os.setsid()
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *arguments]
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    prepare()
+    evaluate.run_script(train.main)
+
+
+def limit_file_size(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def join_without_batch_norm(environment: dict[str, str]) -> None:
+    """Be a process of torchrun's, with batch norm in eval mode, else each differs."""
+    os.environ.update(environment)
+    nn.BatchNorm2d.train = lambda module, mode=True: nn.Module.train(module, False)
+
+
+multiprocessing.get_context("forkserver").set_forkserver_preload(["test_selfdistill"])
+
+
+def contents(value: object) -> object:
+    """What a checkpoint holds, without times, and with tensors as sums of their bits."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, zlib.crc32(value.contiguous().numpy().tobytes())
+    if isinstance(value, dict):
+        return {key: contents(item) for key, item in value.items()
+                if key not in ("seconds", "images_per_second")}
+    return [contents(item) for item in value] if isinstance(value, list) else value
+
+
+class ResumeTest(TestCase):
+    """Runs that are interrupted, and end as if they had not been."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = write_images(self.folder / "images")
+
+    def start(self, out: str, *arguments: object, prepare: Callable = int) -> Training:
+        flags = tiny(self.data, self.folder / out, "--epochs", 2, *arguments)
+        process = Training(flags, self.folder / f"{out}.log", prepare)
+        self.addCleanup(process.kill)
+        return process
+
+    def assert_same_run(self, out: Path, expected: Path) -> None:
+        """All that two runs left is the same, bit for bit, but for times."""
+        self.assertEqual(*(contents(torch.load(folder / name, weights_only=True))
+                           for folder in (out, expected) for name in ("last.pt",)))
+        self.assertTrue((out / "best.pt").read_bytes() == (expected / "best.pt").read_bytes())
+        self.assertEqual(*(contents(read_log(folder)) for folder in (out, expected)))
+
+    def test_a_run_killed_at_any_of_20_instants_ends_as_if_it_had_not_been(self) -> None:
+        flags = ("--batch-size", 9, "--save-every", 0.01)
+        started = time.monotonic()
+        self.assertEqual(self.start("expected", *flags).exit_code(), 0)
+        seconds = time.monotonic() - started
+
+        def kill_and_resume(k: int) -> None:
+            process = self.start(f"killed{k}", *flags)
+            process.join(random.Random(k).uniform(0.1, 1) * seconds)
+            process.kill()
+            process.join()
+            out = self.folder / f"killed{k}"
+            for path in out.glob("*.pt"):
+                evaluate.read_checkpoint(path)
+            process = self.start(out.name, *flags, "--resume", "auto")
+            self.assertEqual(process.exit_code(), 0, process.printed())
+            self.assert_same_run(out, self.folder / "expected")
+            shutil.rmtree(out)
+
+        with ThreadPool(2) as pool:
+            pool.map(kill_and_resume, range(20))
+
+    def stop_after(self, steps: int, *arguments: object) -> dict:
+        """Stop a run in the middle of its epoch 2, and return what last.pt then holds of it."""
+        class Stopping(train.Checkpointer):
+            def fetch(self, batches: object) -> object:
+                nonlocal steps
+                steps -= 1
+                if steps < 0:
+                    self.note(signal.SIGTERM, None)
+                return super().fetch(batches)
+
+        with (mock.patch.object(train, "Checkpointer", Stopping),
+              self.assertRaises(SystemExit) as caught):
+            run_training(self.data, self.folder / "out", "--epochs", 2, *arguments)
+        self.assertEqual(caught.exception.code, 143)
+        return torch.load(self.folder / "out" / "last.pt", weights_only=True)["run"]
+
+    def test_it_goes_on_with_the_very_next_batch_and_random_number(self) -> None:
+        def with_dropout(*arguments: object) -> HookedModel:
+            model = hooked_resnet18(*arguments)
+            model.model.avgpool.register_forward_hook(
+                lambda layer, inputs, output: nn.functional.dropout(output, 0.5, layer.training))
+            return model
+
+        with mock.patch.object(train, "hooked_resnet18", with_dropout):
+            run_training(self.data, self.folder / "expected", "--epochs", 2)
+            stopped = self.stop_after(3 + 2 + 1)  # batches of epoch 1, of its val, of epoch 2
+            self.assertEqual((stopped["epoch"], stopped["batch"]), (1, 1))
+            with mock.patch.object(evaluate, "load_image", wraps=evaluate.load_image) as load:
+                run(train.main, "--out", self.folder / "out", "--resume")
+        read = [path for (path,), _ in load.call_args_list if "/train/" in path]
+        self.assertEqual(len(read), 18 - 6)
+        self.assert_same_run(self.folder / "out", self.folder / "expected")
+
+    def test_a_run_stopped_while_it_validates_goes_on_there(self) -> None:
+        run_training(self.data, self.folder / "expected", "--epochs", 2)
+        stopped = self.stop_after(3 + 1)
+        self.assertEqual((stopped["epoch"], stopped["batch"]), (0, 3))
+        run(train.main, "--resume", self.folder / "out" / "last.pt")
+        self.assert_same_run(self.folder / "out", self.folder / "expected")
+
+    def test_a_signal_finishes_the_step_and_saves(self) -> None:
+        for number, code, workers in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)):
+            process = self.start("out", "--epochs", 10000, "--workers", workers)
+            process.wait_for("epoch 1/10000")
+            os.killpg(process.pid, number)  # the loader's workers get it too
+            self.assertEqual(process.exit_code(), code, process.printed())
+            last_line = process.printed().splitlines()[-1]
+            self.assertRegex(last_line, r"^stopped in epoch \d+ after batch \d; go on with: python "
+                             f"train.py --resume {self.folder}/out/last.pt$")
+            evaluate.read_checkpoint(self.folder / "out" / "last.pt")
+            self.assertFalse(list((self.folder / "out").glob(".*")))
+
+    def test_sigusr1_saves_and_goes_on(self) -> None:
+        process = self.start("out", "--epochs", 10000)
+        process.wait_for("epoch 1/10000")
+        positions = set()
+        while len(positions) < 3:  # epochs alone, without a batch, would be saved at their ends
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(0.1)
+            state = evaluate.read_checkpoint(self.folder / "out" / "last.pt")["run"]
+            positions |= {(state["epoch"], state["batch"])} if state["batch"] else set()
+            self.assertTrue(process.is_alive(), process.printed())
+        process.kill()
+
+    def test_a_second_ctrl_c_stops_at_once_but_not_a_second_sigterm(self) -> None:
+        checkpointer = train.Checkpointer(mock.Mock(), mock.Mock(), mock.Mock())
+        with checkpointer:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.assertEqual(checkpointer.stop, signal.SIGTERM)
+        with self.assertRaises(KeyboardInterrupt), checkpointer:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+
+    def test_last_pt_is_saved_so_often(self) -> None:
+        for minutes, saves in (((), 1 + 1), (("--save-every", 0), 1 + (3 + 2) + 1)):
+            with mock.patch.object(train.Checkpointer, "save", autospec=True,
+                                   side_effect=train.Checkpointer.save) as save:
+                run_training(self.data, self.folder / "out", *minutes)
+            self.assertEqual(save.call_count, saves)
+
+    def test_flags_not_given_come_from_the_checkpoint(self) -> None:
+        run_training(self.data, self.folder / "out", "--alpha", 0.25, "--lr", 0.001,
+                     "--save-every", 3)
+        before = torch.load(self.folder / "out" / "last.pt", weights_only=True)["args"]
+        run(train.main, "--resume", self.folder / "out" / "last.pt", "--workers", 1)
+        after = torch.load(self.folder / "out" / "last.pt", weights_only=True)["args"]
+        self.assertEqual(after, before | {"workers": 1})
+
+    def test_a_contradiction_names_both_values(self) -> None:
+        run_training(self.data, self.folder / "out")
+        resume = ("--resume", self.folder / "out" / "last.pt")
+        for flag, value, saved in (("--seed", 5, 0), ("--size", 64, 32), ("--batch-size", 4, 8),
+                                   ("--recipe", "blog", "tuned"), ("--alpha", 0.25, 0.5),
+                                   ("--lr", 0.5, 0.1), ("--weights", "imagenet", "none"),
+                                   ("--precision", "bf16", "fp32"), ("--epochs", 2, 1)):
+            self.assertIn(f"{flag} {value} contradicts the run to resume, which has {saved}",
+                          self.error_of(train.main, *resume, flag, value))
+        run(train.main, *resume, "--precision", "auto", "--data", self.data)
+
+    def test_epochs_may_be_raised_at_a_constant_rate(self) -> None:
+        run_training(self.data, self.folder / "expected", "--recipe", "blog", "--epochs", 2)
+        run_training(self.data, self.folder / "out", "--recipe", "blog")
+        printed = run(train.main, "--out", self.folder / "out", "--resume", "--epochs", 2)
+        self.assertIn("2 instead of 1, at the same learning rate", printed)
+        self.assert_same_run(self.folder / "out", self.folder / "expected")
+        self.assertIn("--epochs 1 contradicts the run to resume, which has 2: they can only be",
+                      self.error_of(train.main, "--out", self.folder / "out", "--resume",
+                                    "--epochs", 1))
+
+    def test_data_that_have_changed_are_refused(self) -> None:
+        run_training(self.data, self.folder / "out")
+        resume = ("--resume", self.folder / "out" / "last.pt")
+        image = self.data / "train" / "star" / "5.png"
+        for change, message in (
+                (lambda: image.rename(image.with_name("9.png")), "train/ has 18 images .* 18 "),
+                (lambda: image.with_name("9.png").unlink(), "train/ has 17 images .* now, 18 "),
+                (lambda: write_images(self.data, ("drop",)), "classes are .*'drop'.* now, .*"),
+        ):
+            change()
+            self.assertRegex(self.error_of(train.main, *resume),
+                             f"{self.data} has changed since the run began: .*{message}")
+
+    def test_without_a_file_only_auto_starts_anew(self) -> None:
+        flags = tiny(self.data, self.folder / "out")
+        self.assertIn(f"cannot open the checkpoint {self.folder}/out/last.pt: No such file",
+                      self.error_of(train.main, *flags, "--resume"))
+        self.assertIn("cannot open the checkpoint nowhere.pt: No such file",
+                      self.error_of(train.main, *flags, "--resume", "nowhere.pt"))
+        self.assertFalse((self.folder / "out").exists())
+        self.assertIn("out/last.pt yet: starting anew", run(train.main, *flags, "--resume", "auto"))
+
+    def test_the_initial_weights_are_not_needed_again(self) -> None:
+        torch.save(resnet18(num_classes=3).state_dict(), self.folder / "weights.pth")
+        run_training(self.data, self.folder / "out", "--weights", self.folder / "weights.pth")
+        (self.folder / "weights.pth").unlink()
+        run(train.main, "--out", self.folder / "out", "--resume")
+
+    def test_a_best_epoch_without_its_file_no_longer_counts(self) -> None:
+        self.stop_after(3 + 2 + 1)
+        printed = run(train.main, "--resume", self.folder / "out" / "last.pt",
+                      "--out", self.folder / "other")
+        self.assertIn(f"no best.pt of epoch 1 in {self.folder}/other", printed)
+        self.assertEqual(evaluate.read_checkpoint(self.folder / "other" / "best.pt")["epoch"], 2)
+
+    def test_a_full_disk_leaves_the_earlier_files(self) -> None:
+        for limit, name in ((80_000_000, "last.pt"), (30_000_000, "best.pt")):
+            run_training(self.data, self.folder / "out", "--recipe", "blog")
+            last = (self.folder / "out" / "last.pt").read_bytes()
+            process = self.start("out", "--recipe", "blog", "--resume",
+                                 prepare=partial(limit_file_size, limit))
+            self.assertEqual(process.exit_code(), 1)
+            self.assertRegex(process.printed(), f"error: cannot write .*/{name}: File too large\n$")
+            self.assertTrue((self.folder / "out" / "last.pt").read_bytes() == last)
+            evaluate.read_checkpoint(self.folder / "out" / "best.pt")
+            self.assertEqual(sorted(os.listdir(self.folder / "out")),
+                             ["best.pt", "last.pt", "log.jsonl"])
+            shutil.rmtree(self.folder / "out")
+
+    def test_a_loaders_worker_killed_is_an_error_that_leaves_last_pt(self) -> None:
+        process = self.start("out", "--epochs", 10000, "--workers", 2)
+        process.wait_for("epoch 1/10000")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        self.assertEqual(process.exit_code(), 1)
+        self.assertRegex(process.printed().splitlines()[-1],
+                         "^train.py: error: a process that loads images has died .*--workers")
+        evaluate.read_checkpoint(self.folder / "out" / "last.pt")
+
+    def test_unreadable_images_are_left_out_of_training_and_evaluation(self) -> None:
+        bad = [self.data / "train" / "star" / "1.png", self.data / "val" / "circle" / "2.png"]
+        bad[0].write_bytes(b"not an image")
+        Image.new("1", (20000, 20000)).save(bad[1])  # over Pillow's limit for a bomb
+        printed = run_training(self.data, self.folder / "out", "--skip-unreadable")
+        for path, count in zip(bad, (18, 9)):
+            self.assertIn(f"1 of {count} images cannot be read and are left out:\n  {path}",
+                          printed)
+        self.assertIn("17 train and 8 val images", printed)
+        run(train.main, "--out", self.folder / "out", "--resume")
+        line, = read_log(self.folder / "out")
+        run(evaluate.main, self.folder / "out/best.pt", "--json", self.folder / "figures.json")
+        figures = json.loads((self.folder / "figures.json").read_text())
+        self.assertEqual((figures["count"], figures["loss"]), (8, line["val_loss"]))
+        bad[0].unlink()
+        run(train.main, "--out", self.folder / "out", "--resume")
+        for path in (self.data / "val" / "star").iterdir():
+            path.write_bytes(b"")
+        self.assertRegex(self.error_of(train.main, *tiny(self.data, self.folder / "out"),
+                                       "--skip-unreadable"), "no image that can be read for star")
+
+
+class ProcessesTest(TestCase):
+    """Several processes that train together as one would."""
+
+    def start(self, count: int, out: str, *arguments: object) -> list[Training]:
+        """So many processes, as torchrun starts them; the first prints to `out`0.log."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]),
+                           "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+                           "TORCHELASTIC_RUN_ID": "test"} if count > 1 else {}
+        flags = tiny(self.folder / "images", self.folder / out, "--size", 64, "--lr", 0.01,
+                     *arguments)
+        processes = [Training(flags, self.folder / f"{out}{rank}.log", partial(
+            join_without_batch_norm, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            for rank in range(count)]
+        for process in processes:
+            self.addCleanup(process.kill)
+        return processes
+
+    def finish(self, processes: list[Training], code: int = 0) -> None:
+        for process in processes:
+            self.assertEqual(process.exit_code(), code, process.printed())
+
+    def assert_close_runs(self, out: str, expected: str) -> None:
+        ours, theirs = (torch.load(self.folder / name / "last.pt", weights_only=True)
+                        for name in (out, expected))
+        for part in ("model", "criterion"):
+            assert_close(*(last["run"].get(part, last["model"]) for last in (ours, theirs)),
+                         rtol=0, atol=1e-5)
+        for line, other in zip(*(read_log(self.folder / name) for name in (out, expected)),
+                               strict=True):
+            self.assertEqual((line["val_acc"], line["train_acc"]),
+                             (other["val_acc"], other["train_acc"]))
+            assert_close([line[key] for key in ("train_loss", "ce_loss", "val_loss")],
+                         [other[key] for key in ("train_loss", "ce_loss", "val_loss")],
+                         rtol=1e-4, atol=1e-5)
+
+    def test_two_processes_learn_and_measure_what_one_does(self) -> None:
+        write_images(self.folder / "images", train_count=6, val_count=3)  # 5 steps; 9 val images
+        for count in (1, 2):
+            self.finish(self.start(count, f"of{count}", "--batch-size", 4))
+        self.assert_close_runs("of2", "of1")
+        self.assertEqual((self.folder / "of21.log").read_text(), "")  # only the first prints
+
+    def test_more_processes_than_val_images_count_each_once(self) -> None:
+        write_images(self.folder / "images", train_count=4, val_count=1)
+        for count in (1, 4):
+            self.finish(self.start(count, f"of{count}", "--batch-size", 12))
+        self.assert_close_runs("of4", "of1")
+
+    def test_a_run_of_two_processes_goes_on_as_one(self) -> None:
+        write_images(self.folder / "images")
+        flags = ("--batch-size", 4, "--recipe", "blog")
+        self.finish(self.start(1, "expected", *flags, "--epochs", 2))
+        processes = self.start(2, "out", *flags, "--epochs", 2)
+        processes[0].wait_for("epoch 1/2")
+        os.kill(processes[1].pid, signal.SIGTERM)  # a signal to one stops all
+        self.finish(processes, code=143)
+        self.assertIn("go on with: torchrun ... train.py", processes[0].printed())
+        self.finish(self.start(1, "out", *flags, "--epochs", 2, "--resume"))
+        self.assert_close_runs("out", "expected")
+
+    def test_batches_that_cannot_be_split_are_refused(self) -> None:
+        write_images(self.folder / "images")
+        for flags, message in (
+                (("--batch-size", 9), "--batch-size 9 cannot be split evenly among 2 processes: "
+                                      "use a multiple of 2"),
+                (("--size", 32, "--batch-size", 2), "leaves a process 1 images, too few")):
+            processes = self.start(2, "out", *flags)
+            self.finish(processes, code=1)
+            for process in processes:
+                self.assertIn(message, process.printed())
+
+    def torchrun(self, *arguments: object) -> subprocess.Popen:
+        self.log = self.folder / "torchrun.log"
+        flags = tiny(self.folder / "images", self.folder / "out", "--epochs", 10000)
+        with open(self.log, "w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 "--nproc-per-node", "2", *arguments, HERE / "train.py", *flags,
+                 "--resume", "auto"], stdout=log, stderr=log)
+
+    def wait_for(self, text: str, times: int = 1) -> None:
+        deadline = time.monotonic() + 60
+        while self.log.read_text().count(text) < times:
+            self.assertLess(time.monotonic(), deadline, self.log.read_text())
+            time.sleep(0.05)
+
+    def test_torchrun_restarts_from_the_last_save_and_stops_with_one(self) -> None:
+        write_images(self.folder / "images")
+        with self.torchrun("--max-restarts", "1") as process:
+            self.wait_for("epoch 2/10000")
+            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(ranks[1]), signal.SIGKILL)
+            self.wait_for("data   ", times=2)
+            epochs = self.log.read_text().count("\nepoch")
+            self.wait_for("\nepoch", times=epochs + 1)
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        printed = self.log.read_text()
+        self.assertEqual(printed.count("yet: starting anew"), 1)
+        numbers = re.findall(r"^epoch (\d+)/", printed, re.MULTILINE)
+        self.assertEqual(numbers, [str(k + 1) for k in range(len(numbers))])
+        self.assertEqual(printed.count("stopped in epoch"), 1)
+        evaluate.read_checkpoint(self.folder / "out" / "last.pt")
+
+    def test_a_process_that_fails_ends_all_with_its_own_error(self) -> None:
+        data = write_images(self.folder / "images")
+        (data / "train" / "star" / "3.png").write_bytes(b"not an image")
+        started = time.monotonic()
+        with self.torchrun() as process:
+            self.assertEqual(process.wait(60), 1)
+        self.assertLess(time.monotonic() - started, 40)
+        self.assertRegex(self.log.read_text(), "train.py: error: cannot read the image .*3.png")
+
+
+class DamagedFilesTest(TestCase):
+    """A damaged file loads and works, or ends in one line; FUZZED_COPIES tells how many to try."""
+    COPIES = int(os.environ.get("FUZZED_COPIES", 12))
+
+    def damaged(self, path: Path) -> Iterator[None]:
+        """Damage the file anew, in another way, before each step of the iteration."""
+        whole = path.read_bytes()
+        for k in range(self.COPIES):
+            rng = random.Random(k)
+            content = bytearray(whole)
+            place = rng.randrange(len(whole))
+            if k % 4 == 0:
+                del content[place:]
+            elif k % 4 == 1:
+                del content[place:place + rng.randrange(1, 1000)]
+            else:  # bits flipped: anywhere, or at the ends, where there is more than tensors
+                reach = len(whole) if k % 4 == 2 else 8192
+                for _ in range(rng.randrange(1, 20)):
+                    place = rng.choice([1, -1]) * rng.randrange(1, min(reach, len(whole)))
+                    content[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(content)
+            with self.subTest(path.name, copy=k):
+                yield
+
+    def outcome(self, main: Callable, *arguments: object) -> str:
+        """What a script prints at its end, well or in one line of error."""
+        try:
+            return run(main, *arguments)
+        except evaluate.UserError:
+            return self.error_of(main, *arguments)
+
+    def test_checkpoints(self) -> None:
+        data = write_images(self.folder / "images", train_count=1, val_count=1)
+        path, outcomes = self.folder / "best.pt", set()
+        for in_a_zip in (True, False):
+            torch.save(checkpoint_of(data, "shufflenet_v2_x0_5"), path,
+                       _use_new_zipfile_serialization=in_a_zip)
+            for _ in self.damaged(path):
+                printed = self.outcome(evaluate.main, path, "--workers", 0)
+                outcomes.add("error: " in printed)
+        self.assertEqual(outcomes, {True, False})
+
+    def test_weights(self) -> None:
+        path = self.folder / "weights.pth"
+        for in_a_zip in (True, False):
+            torch.save(resnet18(num_classes=3).state_dict(), path,
+                       _use_new_zipfile_serialization=in_a_zip)
+            for _ in self.damaged(path):
+                with contextlib.suppress(evaluate.UserError):
+                    train.make_model(str(path), 3, torch.device("cpu"))
+
+    def test_a_zip_bomb_is_refused_before_it_is_unpacked(self) -> None:
+        path = self.folder / "best.pt"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            with archive.open("best/data.pkl", "w", force_zip64=True) as record:
+                for _ in range(30):
+                    record.write(bytes(10_000_000))
+        self.assertLess(path.stat().st_size, 1_000_000)
+        started = time.monotonic()
+        self.assertIn("not a checkpoint", self.error_of(evaluate.main, path))
+        self.assertLess(time.monotonic() - started, 1)
+
+    def test_other_formats(self) -> None:
+        Image.new("RGB", (64, 64)).save(self.folder / "image.png")
+        with zipfile.ZipFile(self.folder / "archive.zip", "w") as archive:
+            archive.writestr("a.txt", "text")
+        with tarfile.open(self.folder / "archive.tar", "w") as archive:
+            archive.add(self.folder / "image.png")
+        (self.folder / "text.csv").write_text("epoch,loss\n1,2\n")
+        (self.folder / "module.pickle").write_bytes(pickle.dumps({"model": os.getcwd}))
+        (self.folder / "empty.pt").write_bytes(b"")
+        (self.folder / "folder.pt").mkdir()
+        for path in sorted(self.folder.iterdir()):
+            self.assertRegex(self.error_of(evaluate.main, path),
+                             f"{path}: (not a checkpoint|Is a directory)")
 
 
 class EvaluationTest(TestCase):
@@ -806,11 +1279,7 @@ class BadInputTest(TestCase):
 
     def write_checkpoint(self, **changes: object) -> Path:
         path = self.folder / "best.pt"
-        torch.save({"model": resnet18(num_classes=3).state_dict(), "arch": "resnet18",
-                    "classes": ["circle", "square", "star"], "size": 32,
-                    "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "epoch": 1,
-                    "val_acc": 0.5, "data": str(self.data),
-                    "args": {"precision": "fp32", "batch_size": 8}} | changes, path)
+        torch.save(checkpoint_of(self.data) | changes, path)
         return path
 
     def test_numbers_that_make_no_sense(self) -> None:
@@ -928,11 +1397,6 @@ class BadInputTest(TestCase):
         self.assertIn("not a checkpoint", self.train_error("--weights", path))
         self.assertIn("not a checkpoint", self.train_error("--resume", path))
         self.assertFalse(marker.exists())
-
-    def test_resuming_with_other_settings_names_both(self) -> None:
-        run_training(self.data, self.folder / "out")
-        self.assertIn("--seed 5 contradicts the run to resume, which has 0", self.error_of(
-            train.main, "--out", self.folder / "out", "--resume", "--seed", 5))
 
     def test_a_torch_too_old_or_missing_is_told_at_the_start(self) -> None:
         for name, content in (("torch", "__version__ = '1.13.0'"), ("torchvision", "")):
