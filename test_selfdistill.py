@@ -661,7 +661,6 @@ class TrainingTest(TestCase):
 
     def test_weights_repeat_bit_for_bit_whatever_the_workers(self) -> None:
         expected = self.last["model"] | self.last["run"]["criterion"]
-        assert_close(self.weights_of("--workers", 0), expected, rtol=0, atol=0)
         assert_close(self.weights_of("--workers", 2), expected, rtol=0, atol=0)
         other = self.weights_of("--seed", 1)
         self.assertFalse(torch.equal(other["conv1.weight"], expected["conv1.weight"]))
@@ -1147,11 +1146,11 @@ class ProcessesTest(TestCase):
     def test_a_process_that_fails_ends_all_with_its_own_error(self) -> None:
         data = write_images(self.folder / "images")
         (data / "train" / "star" / "3.png").write_bytes(b"not an image")
-        started = time.monotonic()
-        with self.torchrun() as process:
-            self.assertEqual(process.wait(60), 1)
-        self.assertLess(time.monotonic() - started, 40)
-        self.assertRegex(self.log.read_text(), "train.py: error: cannot read the image .*3.png")
+        processes = self.start(2, "out")
+        self.finish(processes, code=1)
+        errors = sorted(process.printed().splitlines()[-1] for process in processes)
+        self.assertRegex(errors[0], "train.py: error: cannot read the image .*3.png")
+        self.assertRegex(errors[1], r"train.py: error: process \d has lost the others")
 
 
 class DamagedFilesTest(TestCase):

@@ -559,7 +559,8 @@ class Checkpointer:
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    write_file(path, buffer.getbuffer())
+    with buffer.getbuffer() as content:
+        write_file(path, content)
 
 
 class Progress:
