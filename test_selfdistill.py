@@ -873,7 +873,8 @@ class ResumeTest(TestCase):
             stopped = self.stop_after(3 + 2 + 1)  # batches of epoch 1, of its val, of epoch 2
             self.assertEqual((stopped["epoch"], stopped["batch"]), (1, 1))
             with mock.patch.object(evaluate, "load_image", wraps=evaluate.load_image) as load:
-                run(train.main, "--out", self.folder / "out", "--resume")
+                printed = run(train.main, "--out", self.folder / "out", "--resume")
+        self.assertIn("resumed    after 1 epochs and 1 batches of the next", printed)
         read = [path for (path,), _ in load.call_args_list if "/train/" in path]
         self.assertEqual(len(read), 18 - 6)
         self.assert_same_run(self.folder / "out", self.folder / "expected")

@@ -893,6 +893,8 @@ def fine_tune(arguments: list[str] | None) -> int:
           + (f" for each of {world_size()} processes" if dist.is_initialized() else ""))
     print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr {args.lr:g}, "
           f"alpha {args.alpha:g}, seed {args.seed}", flush=True)
+    if checkpoint:
+        print(f"resumed    after {run.epoch} epochs and {run.batch} batches of the next", flush=True)
     with Checkpointer(run, args, data) as checkpointer:
         try:
             checkpointer.save()
