@@ -522,10 +522,11 @@ class Checkpointer:
             return None
         try:
             batch = next(batches, None)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, OSError, EOFError) as error:  # what comes of a worker's death
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
-            if self.stop:  # the signal reached the loader's workers, too
+            time.sleep(1)  # a signal to all processes may reach this one last
+            if self.stop:
                 return None
             raise UserError(f"a process that loads images has died ({error}), maybe for want of "
                             "memory: try fewer --workers; last.pt keeps the last state "
