@@ -987,6 +987,17 @@ class ResumeTest(TestCase):
         self.assertFalse((self.folder / "out").exists())
         self.assertIn("out/last.pt yet: starting anew", run(train.main, *flags, "--resume", "auto"))
 
+    def test_a_state_that_makes_no_sense_is_refused(self) -> None:
+        run_training(self.data, self.folder / "out")
+        last = torch.load(self.folder / "out" / "last.pt", weights_only=True)
+        for change in ({"epoch": "one"}, {"optimizer": {}}, {"scheduler": 3}, {"data": None}):
+            torch.save(last | {"run": last["run"] | change}, self.folder / "last.pt")
+            self.assertIn("the checkpoint cannot be resumed, as it is damaged",
+                          self.error_of(train.main, "--resume", self.folder / "last.pt"))
+        torch.save(last | {"args": last["args"] | {"lr": "fast"}}, self.folder / "last.pt")
+        self.assertIn("--lr: 'fast' is not a number",
+                      self.error_of(train.main, "--resume", self.folder / "last.pt"))
+
     def test_the_initial_weights_are_not_needed_again(self) -> None:
         torch.save(resnet18(num_classes=3).state_dict(), self.folder / "weights.pth")
         run_training(self.data, self.folder / "out", "--weights", self.folder / "weights.pth")

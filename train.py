@@ -445,6 +445,8 @@ class Run:
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         for name in self.FIGURES:
+            if type(state[name]) is not type(getattr(self, name)):
+                raise TypeError(f"{name} is a {type(state[name]).__name__}")
             setattr(self, name, state[name])
         self.totals = self.totals.to(self.device)
 
