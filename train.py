@@ -897,7 +897,7 @@ def fine_tune(arguments: list[str] | None) -> int:
     print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr {args.lr:g}, "
           f"alpha {args.alpha:g}, seed {args.seed}", flush=True)
     if checkpoint:
-        print(f"resumed    after {run.epoch} epochs and {run.batch} batches of the next", flush=True)
+        print(f"resumed    after {run.epoch} epochs and {run.batch} batches of the next")
     with Checkpointer(run, args, data) as checkpointer:
         try:
             checkpointer.save()
