@@ -35,6 +35,7 @@ from torchvision import datasets, models
 
 from selfdistill import load_tensors, to_rgb, val_transform
 
+SIZES = (32, 2048)  # the least and the most pixels of an image's sides
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -117,7 +118,7 @@ class ImageFolder(datasets.ImageFolder):
         paths = [path for path, _ in self.samples[share]]
         with ThreadPool(max(1, threads)) as pool:
             readable = pool.map(is_readable, paths)
-        unreadable = gather([path for path, fine in zip(paths, readable) if not fine])
+        unreadable = set(gather([path for path, fine in zip(paths, readable) if not fine]))
         if not unreadable:
             return
         print(f"{self.root}: {len(unreadable)} of {len(self)} images cannot be read and are left "
@@ -230,7 +231,7 @@ def read_checkpoint(path: str | Path) -> dict:
         batch_size = args.get("batch_size")
         sound = {"classes": all(isinstance(name, str) for name in classes)
                             and 0 < len(set(classes)) == len(classes),
-                 "size": 32 <= checkpoint["size"] <= 2048,
+                 "size": SIZES[0] <= checkpoint["size"] <= SIZES[1],
                  "args": args.get("precision") in list(DTYPES)
                          and isinstance(batch_size, int) and batch_size > 0}
         wrong = [key for key, is_sound in sound.items() if not is_sound]

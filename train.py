@@ -8,7 +8,7 @@ that. The method is in selfdistill.py; `python evaluate.py best.pt` tells how go
 On several processes or machines: `torchrun --nproc-per-node N train.py ...`, the same job.
 """
 # First of all, as it checks that torch and torchvision fit together.
-from evaluate import (DTYPES, ImageFolder, Parser, Predictions, UserError, autocast,
+from evaluate import (DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError, autocast,
                       choose_device, choose_precision, find_splits, listed, make_loader, number,
                       predict, read_checkpoint, run_script, summarize, usable_cores, write_file)
 
@@ -286,24 +286,23 @@ def mix(*numbers: int) -> int:
 
 
 class Data(NamedTuple):
-    """Both splits, and loaders of this process's share of them."""
+    """Both splits, loaders of this process's share of them, and what tells if they change."""
     train_set: AugmentedFolder
     val_set: ImageFolder
     train_loader: DataLoader
     val_loader: DataLoader
+    fingerprints: dict[str, str]
 
     @property
     def classes(self) -> list[str]:
         return self.train_set.classes
 
-    def fingerprint(self) -> dict[str, str]:
-        """What tells whether the images of each split are still the same: number and names."""
-        prints = {}
-        for split, dataset in (("train", self.train_set), ("val", self.val_set)):
-            names = "\n".join(path[len(dataset.root):] for path, _ in dataset.samples)
-            digest = hashlib.sha256(os.fsencode(names)).hexdigest()
-            prints[split] = f"{len(dataset)} images (SHA-256 of their names: {digest[:16]})"
-        return prints
+
+def fingerprint(dataset: ImageFolder) -> str:
+    """What tells whether the images of a folder are still the same: number and names."""
+    names = "\n".join(path[len(dataset.root):] for path, _ in dataset.samples)
+    digest = hashlib.sha256(os.fsencode(names)).hexdigest()
+    return f"{len(dataset)} images (SHA-256 of their names: {digest[:16]})"
 
 
 def make_data(args: argparse.Namespace, device: torch.device) -> Data:
@@ -329,7 +328,8 @@ def make_data(args: argparse.Namespace, device: torch.device) -> Data:
     refuse_small_batches(batches, args.size)
     return Data(train_set, val_set, make_loader(train_set, device, workers, batch_sampler=batches),
                 make_loader(Subset(val_set, range(len(val_set))[share]), device, workers,
-                            batch_size=args.batch_size // world_size()))
+                            batch_size=args.batch_size // world_size()),
+                {"train": fingerprint(train_set), "val": fingerprint(val_set)})
 
 
 def refuse_small_batches(batches: EpochBatches, size: int) -> None:
@@ -475,8 +475,7 @@ class Checkpointer:
     """
 
     def __init__(self, run: Run, args: argparse.Namespace, data: Data) -> None:
-        self.run, self.args, self.classes = run, args, data.classes
-        self.fingerprint = data.fingerprint()
+        self.run, self.args, self.data = run, args, data
 
     def __enter__(self) -> "Checkpointer":
         self.stop, self.wanted, self.saved = 0, False, time.monotonic()
@@ -547,13 +546,13 @@ class Checkpointer:
         settings = {name: value for name, value in vars(args).items()
                     if name not in ("out", "resume")}
         checkpoint = {"model": run.model.model.state_dict(), "arch": "resnet18",
-                      "classes": self.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
+                      "classes": self.data.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
                       "std": list(IMAGENET_STD), "epoch": run.epoch,
                       "val_acc": run.log[-1]["val_acc"] if run.log else 0.0,
                       "data": args.data, "args": settings}
         if run.batch == 0 and run.epoch == run.best["epoch"] > 0:
             write_checkpoint(Path(args.out, "best.pt"), checkpoint)
-        state = run.state_dict() | {"data": self.fingerprint}
+        state = run.state_dict() | {"data": self.data.fingerprints}
         write_checkpoint(Path(args.out, "last.pt"), checkpoint | {"run": state})
         lines = "".join(json.dumps(line) + "\n" for line in run.log)
         write_file(Path(args.out, "log.jsonl"), lines.encode())
@@ -736,7 +735,7 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("network")
     group.add_argument("--weights", metavar="imagenet|none|FILE", help="initial weights (default: "
                        "imagenet; none for the drawn shapes)")
-    group.add_argument("--size", type=number(int, 32, 2048), metavar="PIXELS",
+    group.add_argument("--size", type=number(int, *SIZES), metavar="PIXELS",
                        help="height and width of the images (default: 224; 32 for the drawn "
                        "shapes)")
     group = parser.add_argument_group("machine")
@@ -859,7 +858,7 @@ def restore(run: Run, checkpoint: dict, data: Data, args: argparse.Namespace) ->
     try:
         changeable = [("its classes are", data.classes, checkpoint["classes"])]
         changeable += [(f"{split}/ has", now, checkpoint["run"]["data"][split])
-                       for split, now in data.fingerprint().items()]
+                       for split, now in data.fingerprints.items()]
         for what, now, then in changeable:
             if now != then:
                 raise UserError(f"{args.data} has changed since the run began: {what} {now} now, "
