@@ -668,6 +668,7 @@ class TrainingTest(TestCase):
 
     def test_weights_repeat_bit_for_bit_whatever_the_workers(self) -> None:
         expected = self.last["model"] | self.last["run"]["criterion"]
+        assert_close(self.weights_of("--workers", 0), expected, rtol=0, atol=0)
         assert_close(self.weights_of("--workers", 2), expected, rtol=0, atol=0)
         other = self.weights_of("--seed", 1)
         self.assertFalse(torch.equal(other["conv1.weight"], expected["conv1.weight"]))
@@ -1086,9 +1087,8 @@ class ProcessesTest(TestCase):
     def assert_close_runs(self, out: str, expected: str) -> None:
         ours, theirs = (torch.load(self.folder / name / "last.pt", weights_only=True)
                         for name in (out, expected))
-        for part in ("model", "criterion"):
-            assert_close(*(last["run"].get(part, last["model"]) for last in (ours, theirs)),
-                         rtol=0, atol=1e-5)
+        assert_close(*(last["model"] | last["run"]["criterion"] for last in (ours, theirs)),
+                     rtol=0, atol=1e-5)
         for line, other in zip(*(read_log(self.folder / name) for name in (out, expected)),
                                strict=True):
             self.assertEqual((line["val_acc"], line["train_acc"]),
@@ -1328,11 +1328,11 @@ class BadInputTest(TestCase):
 
     def test_an_image_that_cannot_be_read_is_named(self) -> None:
         whole = (self.data / "train" / "star" / "0.png").read_bytes()
-        for content, split in ((b"", "train"), (b"not an image", "val"),
-                               (whole[:len(whole) // 2], "train")):
+        for content, split, workers in ((b"", "train", 0), (b"not an image", "val", 0),
+                                        (whole[:len(whole) // 2], "train", 1)):
             image = self.data / split / "star" / "0.png"
             image.write_bytes(content)
-            self.assertIn(f"cannot read the image {image}", self.train_error())
+            self.assertIn(f"cannot read the image {image}", self.train_error("--workers", workers))
             image.write_bytes(whole)
 
     def test_a_run_that_fails_in_a_worker_ends_at_once_in_one_line(self) -> None:
