@@ -22,7 +22,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -30,10 +30,13 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.utils.data import DataLoader
 from torchvision import datasets, models
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from selfdistill import load_tensors, to_rgb, val_transform
+from selfdistill import load_tensors, normalize, to_rgb, val_transform
 
 SIZES = (32, 2048)  # the least and the most pixels of an image's sides
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,11 +56,15 @@ class UnreadableImage(UserError):
         super().__init__(message.rpartition("UnreadableImage: ")[2].strip())
 
 
-def load_image(path: str) -> Image.Image:
-    """The image in a file, of any mode, as upright 8-bit RGB."""
+def load_image(path: str) -> Tensor:
+    """The image in a file, of any mode, as upright RGB: uint8 (3, H, W)."""
+    try:
+        return decode_jpeg(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError:
+        pass  # not a JPEG: Pillow reads the other formats, and knows what is wrong with a damaged one
     try:
         with Image.open(path) as image:
-            return to_rgb(image)
+            return pil_to_tensor(to_rgb(image))
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).replace(repr(path), "the file") or type(error).__name__
         raise UnreadableImage(f"cannot read the image {path}: {reason} (--skip-unreadable leaves "
@@ -75,9 +82,11 @@ def is_readable(path: str) -> bool:
 class ImageFolder(datasets.ImageFolder):
     """A folder of class folders, whose labels follow `classes` by name, never by position.
 
+    Its items are images (H, W, 3) in uint8, the layout that is fastest to batch, and labels.
+
     Args:
         root: the folder that holds a folder for each class.
-        transform: PIL image -> tensor.
+        transform: uint8 tensor (3, H, W) -> uint8 tensor (3, H, W).
         classes: the names that labels are positions in; the folder may have fewer of them.
             Default: those of the folder, sorted.
 
@@ -105,6 +114,13 @@ class ImageFolder(datasets.ImageFolder):
             raise UserError(f"{directory} has classes that the model does not know: "
                             f"{listed(unknown)}; it knows {listed(classes)}")
         return classes, {name: classes.index(name) for name in present}
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.load(index, self.transform)
+
+    def load(self, index: int, transform: Callable) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return transform(load_image(path)).permute(1, 2, 0), label
 
     def leave_out_unreadable(self, threads: int, share: slice = slice(None),
                              gather: Callable[[list], list] = list) -> None:
@@ -167,6 +183,12 @@ def make_loader(dataset: ImageFolder, device: torch.device, workers: int, **batc
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
                       pin_memory=device.type == "cuda", generator=torch.Generator(),
                       worker_init_fn=ignore_ctrl_c, **batching)
+
+
+def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A loader's batch on the device: images (N, 3, H, W), normalised, in channels_last."""
+    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return normalize(images), labels.to(device, non_blocking=True)
 
 
 # The machine
@@ -267,22 +289,27 @@ class Predictions(NamedTuple):
 
 
 @torch.inference_mode()
+def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device,
+            precision: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a network makes of a loader's batches, in fp32: logits (N, K); and their labels (N)."""
+    model = fuse(model.eval())  # a copy, with batch norms folded into the convolutions before them
+    for images, labels in batches:
+        images, labels = to_device(images, labels, device)
+        with autocast(device, precision):
+            logits = model(images)
+        yield logits.float(), labels
+
+
 def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device,
             precision: str, gather: Callable[[list], list] = list) -> Predictions:
-    """Run a network over batches of images and labels.
+    """What a network says of a loader's images.
 
     Args:
         gather: makes one list of the lists that several processes have, each from its own batches.
     """
     start = time.perf_counter()
-    model.eval()
     parts = []
-    for images, labels in batches:
-        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
-        with autocast(device, precision):
-            logits = model(images)
-        logits = logits.float()  # (N, K)
+    for logits, labels in outputs(model, batches, device, precision):
         losses = F.cross_entropy(logits, labels, reduction="none")
         parts.append((labels, losses, logits.topk(min(5, logits.shape[1])).indices))
     parts = gather([[column.cpu() for column in part] for part in parts])
@@ -395,7 +422,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = choose_device(args.device)
     precision = choose_precision(args.precision or checkpoint["args"]["precision"], device)
     folder = find_splits(args.data or checkpoint["data"], "val") / "val"
-    dataset = ImageFolder(folder, val_transform(checkpoint["size"]), classes)
+    dataset = ImageFolder(folder, val_transform(checkpoint["size"], normalized=False), classes)
     if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):
         dataset.leave_out_unreadable(args.workers)
     loader = make_loader(dataset, device, args.workers,

@@ -51,30 +51,48 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_normalized_tensor() -> list[v2.Transform]:
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+def normalize(images: Tensor) -> Tensor:
+    """uint8 images (..., 3, H, W) as floats, normalised as torchvision's ImageNet weights expect.
+
+    Cheapest for a whole batch at once, on the device that trains.
+    """
+    images = v2.functional.to_dtype(images, torch.float32, scale=True)
+    return v2.functional.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def train_transform(size: int = 224, scale: tuple[float, float] = (0.08, 1.0)) -> v2.Compose:
-    """Random crop and mirroring: PIL image -> normalised float tensor (3, size, size).
+class _RandomResizedCrop(v2.RandomResizedCrop):
+    """Resizes a dense copy of the crop, in channels_last if the image is: twice as fast."""
+
+    def transform(self, inpt: Tensor, params: dict[str, int]) -> Tensor:
+        crop = v2.functional.crop(inpt, **params).clone()
+        return v2.functional.resize(crop, self.size, self.interpolation, antialias=self.antialias)
+
+
+def _compose(transforms: list[v2.Transform], normalized: bool) -> v2.Compose:
+    return v2.Compose([v2.Lambda(to_rgb, Image.Image), v2.PILToTensor(), *transforms,
+                       *([v2.Lambda(normalize)] if normalized else [])])
+
+
+def train_transform(size: int = 224, scale: tuple[float, float] = (0.08, 1.0),
+                    normalized: bool = True) -> v2.Compose:
+    """Random crop and mirroring: PIL image or uint8 tensor -> float tensor (3, size, size).
 
     Args:
         size: height and width of the result, in pixels.
         scale: least and largest share of the image's area that a crop takes.
+        normalized: False leaves the result in uint8, for `normalize` to do whole batches.
     """
-    return v2.Compose([v2.Lambda(to_rgb), v2.RandomResizedCrop(size, scale),
-                       v2.RandomHorizontalFlip(), *_to_normalized_tensor()])
+    return _compose([_RandomResizedCrop(size, scale), v2.RandomHorizontalFlip()], normalized)
 
 
-def val_transform(size: int = 224) -> v2.Compose:
-    """Centre crop at 7/8 of the shorter side: PIL image -> normalised float tensor (3, size, size).
+def val_transform(size: int = 224, normalized: bool = True) -> v2.Compose:
+    """Centre crop at 7/8 of the shorter side: PIL image or uint8 tensor -> tensor (3, size, size).
 
     Args:
         size: height and width of the result, in pixels; 224 is cut out of 256, as is usual.
+        normalized: as in `train_transform`.
     """
-    return v2.Compose([v2.Lambda(to_rgb), v2.Resize(size * 256 // 224), v2.CenterCrop(size),
-                       *_to_normalized_tensor()])
+    return _compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)], normalized)
 
 
 class HookedModel(nn.Module):

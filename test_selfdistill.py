@@ -35,7 +35,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from torch.testing import assert_close
-from torchvision import datasets, models
+from torchvision import datasets, models, transforms
 from torchvision.models import resnet18
 from torchvision.transforms.v2 import functional
 
@@ -157,9 +157,37 @@ class TransformTest(TestCase):
         exif[ExifTags.Base.Orientation] = 6  # shown turned clockwise: the left side at the top
         stored.save(self.folder / "turned.jpg", exif=exif, quality=95)
         with Image.open(self.folder / "turned.jpg") as image:
-            tensor = val_transform(64)(image)[0]
-        self.assertLess(tensor[:24].max(), -1.5)
-        self.assertGreater(tensor[40:].min(), 1.5)
+            for source in (image, evaluate.load_image(str(self.folder / "turned.jpg"))):
+                tensor = val_transform(64)(source)[0]
+                self.assertLess(tensor[:24].max(), -1.5)
+                self.assertGreater(tensor[40:].min(), 1.5)
+
+    def test_they_agree_with_the_published_transforms(self) -> None:
+        published = {
+            train_transform(96): [transforms.RandomResizedCrop(96),
+                                  transforms.RandomHorizontalFlip()],
+            val_transform(96): [transforms.Resize(109), transforms.CenterCrop(96)]}
+        std = torch.tensor(IMAGENET_STD)[:, None, None]
+        for ours, theirs in published.items():
+            theirs = transforms.Compose([*theirs, transforms.ToTensor(),
+                                         transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+            for seed, name in enumerate(train.SHAPES):
+                image = train.draw_shape(name, random.Random(seed), size=160)
+                torch.manual_seed(seed)
+                tensor = ours(image)
+                torch.manual_seed(seed)
+                difference = (tensor - theirs(image)).abs() * std
+                self.assertLess(difference.mean().item(), 1 / 255)
+
+    def test_uint8_images_normalised_as_a_batch_are_the_same(self) -> None:
+        images = [train.draw_shape(name, random.Random(0)) for name in ("star", "square")]
+        batch = torch.stack([val_transform(48, normalized=False)(image) for image in images])
+        self.assertEqual(batch.dtype, torch.uint8)
+        expected = torch.stack([val_transform(48)(image) for image in images])
+        assert_close(selfdistill.normalize(batch), expected)
+        pixel = selfdistill.normalize(torch.tensor([0, 51, 255], dtype=torch.uint8)[:, None, None])
+        assert_close(pixel.flatten(), torch.tensor([-0.485 / 0.229, (0.2 - 0.456) / 0.224,
+                                                    (1 - 0.406) / 0.225]))
 
     def test_the_val_crop_is_the_middle_224_of_256(self) -> None:
         image = ImageOps.expand(Image.new("RGB", (224, 224)), border=16, fill="white")
@@ -285,6 +313,18 @@ class HookedModelTest(unittest.TestCase):
         compiled = torch.compile(hooked, backend="eager")
         for images in (self.images, self.images + 1):
             assert_close(compiled(images), hooked(images))
+
+
+    def test_a_compiled_step_is_that_of_the_network_as_it_is(self) -> None:
+        images, labels = self.images.to(memory_format=torch.channels_last), torch.tensor([3, 7])
+        distiller = train.Distiller(HookedModel(self.model), SelfDistillationLoss(), "fp32")
+        results = []
+        for network in (distiller, torch.compile(distiller, backend="aot_eager")):
+            distiller.zero_grad()
+            logits, ce, distillation = network(images, labels)
+            (ce + distillation).backward()
+            results.append((logits, distillation, self.model.layer2[0].conv1.weight.grad.clone()))
+        assert_close(*results)
 
 
 class WeightsTest(TestCase):
@@ -418,16 +458,16 @@ class LossTest(unittest.TestCase):
 class DataTest(TestCase):
     def test_every_image_comes_once_an_epoch_in_batches_of_like_size(self) -> None:
         for count, batch_size, sizes in ((65, 64, [33, 32]), (10, 4, [4, 3, 3]), (1, 8, [1])):
-            batches = list(train.EpochBatches(count, batch_size, seed=0))
+            batches = list(train.EpochBatches(count, batch_size, 0, epochs=1, sizes=(32, 32)))
             self.assertEqual([len(batch) for batch in batches], sizes)
-            indices = sorted(index for batch in batches for index, _ in batch)
+            indices = sorted(index for batch in batches for index, _, _ in batch)
             self.assertEqual(indices, list(range(count)))
 
     def test_order_and_augmentation_change_with_epoch_and_seed(self) -> None:
         def epoch_of(seed: int, epoch: int) -> tuple[list[int], dict[int, int]]:
-            batches = train.EpochBatches(100, 10, seed)
+            batches = train.EpochBatches(100, 10, seed, epochs=2, sizes=(32, 32))
             batches.epoch = epoch
-            items = [item for batch in batches for item in batch]
+            items = [(index, seed) for batch in batches for index, seed, _ in batch]
             return [index for index, _ in items], dict(items)
 
         self.assertEqual(epoch_of(0, 0), epoch_of(0, 0))
@@ -440,19 +480,29 @@ class DataTest(TestCase):
             self.assertLess(sum(a == b for a, b in zip(*draws)), 5)
 
     def test_an_epoch_can_start_in_its_middle(self) -> None:
-        batches = train.EpochBatches(10, 2, seed=3)
+        batches = train.EpochBatches(10, 2, seed=3, epochs=1, sizes=(32, 96))
         whole = list(batches)
         batches.start = 3
         self.assertEqual(list(batches), whole[3:])
 
-    def test_augmentation_depends_on_index_and_seed_alone(self) -> None:
-        data = train.AugmentedFolder(write_images(self.folder) / "train", train_transform(32))
+    def test_images_grow_evenly_over_the_run_to_the_last_size(self) -> None:
+        batches = train.EpochBatches(40, 10, seed=0, epochs=2, sizes=(64, 100))
+        sizes = []
+        for batches.epoch in range(2):
+            sizes += [{size for _, _, size in batch} for batch in batches]
+        self.assertEqual(sizes, [{68}, {84}, {84}, {84}, {84}, {100}, {100}, {100}])
+
+    def test_augmentation_depends_on_index_seed_and_size_alone(self) -> None:
+        folder = evaluate.ImageFolder(write_images(self.folder) / "train", None)
+        data = train.Augmented(folder, crop_scale=(0.35, 1.0))
         state = torch.get_rng_state()
-        first, label = data[4, 7]
+        first, label = data[4, 7, 32]
         assert_close(torch.get_rng_state(), state)
         torch.rand(5)
-        assert_close(data[4, 7][0], first, rtol=0, atol=0)
-        self.assertFalse(torch.equal(data[4, 8][0], first))
+        self.assertEqual((first.shape, first.dtype), ((32, 32, 3), torch.uint8))
+        assert_close(data[4, 7, 32][0], first, rtol=0, atol=0)
+        self.assertFalse(torch.equal(data[4, 8, 32][0], first))
+        self.assertEqual(data[4, 7, 48][0].shape, (48, 48, 3))
         self.assertEqual(label, 0)
 
     def test_the_shapes_are_drawn_the_same_each_time_and_no_two_alike(self) -> None:
@@ -495,9 +545,20 @@ class DataTest(TestCase):
                              ("RGB", "webp"), ("RGBA", "png"), ("CMYK", "jpg"), ("CMYK", "tiff"),
                              ("I;16", "png"), ("F", "tiff")):
             Image.new(mode, (9, 5)).save(folder / f"{mode.replace(';', '')}.{suffix}")
-        data = evaluate.ImageFolder(self.folder / "val", val_transform(32))
+        data = evaluate.ImageFolder(self.folder / "val", val_transform(32, normalized=False))
         self.assertEqual(len(data), 10)
-        self.assertEqual({image.shape for image, _ in data}, {(3, 32, 32)})
+        self.assertEqual({image.shape for image, _ in data}, {(32, 32, 3)})
+
+    def test_a_jpeg_is_read_as_pillow_reads_it(self) -> None:
+        path = self.folder / "image.jpg"
+        picture = train.draw_shape("star", random.Random(0))
+        for mode in ("RGB", "L", "CMYK"):
+            for progressive in (False, True):
+                picture.convert(mode).save(path, progressive=progressive)
+                with Image.open(path) as image:
+                    expected = functional.pil_to_tensor(selfdistill.to_rgb(image))
+                with mock.patch.object(Image, "open", side_effect=AssertionError):
+                    assert_close(evaluate.load_image(str(path)), expected)
 
     def test_a_missing_imagenette_is_downloaded_whole_or_not_at_all(self) -> None:
         folder = self.folder / "new" / "imagenette2-160"
@@ -563,12 +624,13 @@ class OptimizerTest(unittest.TestCase):
         torch.manual_seed(0)
         model, criterion, optimizer = self.make("--recipe", "blog")
         plain, conv1x1 = copy.deepcopy(model.model), copy.deepcopy(criterion.adapter)
-        batches = [(torch.randn(4, 3, 64, 64), torch.randint(10, (4,))) for _ in range(3)]
+        batches = [(torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8), torch.randint(10, (4,)))
+                   for _ in range(3)]
 
         plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
         for images, labels in batches:
             plain_optimizer.zero_grad()
-            images = images.to(memory_format=torch.channels_last)
+            images = selfdistill.normalize(images.permute(0, 3, 1, 2))
             stem = plain.maxpool(plain.relu(plain.bn1(plain.conv1(images))))
             student = plain.layer2(plain.layer1(stem))
             teacher = plain.layer4(plain.layer3(student))
@@ -584,7 +646,8 @@ class OptimizerTest(unittest.TestCase):
                            train.make_scheduler(optimizer, one_cycle=False, steps=3),
                            torch.amp.GradScaler("cpu", enabled=False))
         train.train_epoch(result, train.Distiller(model, criterion, "fp32"), batches,
-                          train.EpochBatches(12, 4, seed=0), train.Progress(1, 3, 12))
+                          train.EpochBatches(12, 4, 0, epochs=1, sizes=(64, 64)),
+                          train.Progress(1, 3, 12))
         assert_close(model.model.state_dict(), plain.state_dict())
 
     def test_one_cycle_warms_up_and_ends_near_nought(self) -> None:
@@ -697,6 +760,27 @@ class TrainingTest(TestCase):
             train.finish_epoch(progress, predictions, ["a", "b"])
             best.append((progress.best["epoch"], progress.best["val_acc"]))
         self.assertEqual(best, [(1, 0.5), (1, 0.5), (3, 1.0), (3, 1.0)])
+
+    def fit(self, out: str, *arguments: object) -> str:
+        """Run from weights that are not the classes', whose classifier is to be fitted."""
+        torch.manual_seed(0)
+        torch.save(resnet18(num_classes=5).state_dict(), self.folder / "weights.pth")
+        return run_training(self.data, self.folder / out, "--size", 64, "--weights",
+                            self.folder / "weights.pth", *arguments)
+
+    def test_training_begins_with_a_classifier_fitted_to_the_features(self) -> None:
+        shutil.copytree(self.data / "train", self.folder / "images" / "train")
+        shutil.copytree(self.data / "train", self.folder / "images" / "val")
+        printed = self.fit("out", "--data", self.folder / "images", "--lr", 1e-9)
+        self.assertIn("epoch 0/1  only the classifier fitted  val acc ", printed)
+        best = torch.load(self.folder / "out" / "best.pt", weights_only=True)
+        weights = torch.load(self.folder / "weights.pth", weights_only=True)
+        self.assertEqual(best["epoch"], 0)
+        self.assertGreaterEqual(best["val_acc"], 0.9)  # on the very images it was fitted to
+        self.assertEqual(self.evaluate(self.folder / "out" / "best.pt")["top1"], best["val_acc"])
+        for name in weights.keys() - {"fc.weight", "fc.bias"}:
+            assert_close(best["model"][name], weights[name], rtol=0, atol=0)
+        self.assertEqual([line["epoch"] for line in read_log(self.folder / "out")], [1])
 
     def test_results_of_an_earlier_run_are_kept(self) -> None:
         run_training(self.data, self.folder)
@@ -894,6 +978,15 @@ class ResumeTest(TestCase):
         run_training(self.data, self.folder / "expected", "--epochs", 2)
         stopped = self.stop_after(3 + 1)
         self.assertEqual((stopped["epoch"], stopped["batch"]), (0, 3))
+        run(train.main, "--resume", self.folder / "out" / "last.pt")
+        self.assert_same_run(self.folder / "out", self.folder / "expected")
+
+    def test_a_run_stopped_before_its_first_epoch_fits_the_classifier_anew(self) -> None:
+        torch.save(resnet18(num_classes=5).state_dict(), self.folder / "weights.pth")
+        weights = ("--weights", self.folder / "weights.pth")
+        run_training(self.data, self.folder / "expected", "--epochs", 2, *weights)
+        stopped = self.stop_after(1, *weights)
+        self.assertEqual((stopped["epoch"], stopped["best"]["epoch"]), (0, -1))
         run(train.main, "--resume", self.folder / "out" / "last.pt")
         self.assert_same_run(self.folder / "out", self.folder / "expected")
 
@@ -1269,9 +1362,26 @@ class EvaluationTest(TestCase):
         logits = torch.tensor([[0.0, math.log(3.0)], [math.log(3.0), 0.0], [0.0, math.log(3.0)]])
         batches = [(logits[:2].view(2, 2, 1, 1), torch.tensor([1, 1])),
                    (logits[2:].view(1, 2, 1, 1), torch.tensor([0]))]
-        result = evaluate.predict(nn.Flatten(), batches, torch.device("cpu"), "fp32")
+        with mock.patch.object(evaluate, "to_device", lambda images, labels, _: (images, labels)):
+            result = evaluate.predict(nn.Flatten(), batches, torch.device("cpu"), "fp32")
         assert_close(result.losses, torch.tensor([0.2876821, 1.3862944, 1.3862944]))
         self.assertEqual(result.correct.tolist(), [True, False, False])
+
+    def test_folded_batch_norms_change_no_output(self) -> None:
+        torch.manual_seed(0)
+        model = resnet18(num_classes=3)
+        images = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
+        for parameter in model.bn1.parameters():
+            nn.init.uniform_(parameter)
+        model(selfdistill.normalize(images.permute(0, 3, 1, 2)))  # moves the statistics
+        before = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            expected = model.eval()(selfdistill.normalize(images.permute(0, 3, 1, 2)))
+        batches = [(images, torch.zeros(4, dtype=torch.int64))]
+        with mock.patch.object(nn.BatchNorm2d, "forward", side_effect=AssertionError):
+            (logits, _), = evaluate.outputs(model, batches, torch.device("cpu"), "fp32")
+        assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert_close(model.state_dict(), before)
 
     def test_auto_takes_a_device_and_precision_that_work(self) -> None:
         device = evaluate.choose_device("auto")

@@ -10,10 +10,12 @@ On several processes or machines: `torchrun --nproc-per-node N train.py ...`, th
 # First of all, as it checks that torch and torchvision fit together.
 from evaluate import (DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError, autocast,
                       choose_device, choose_precision, find_splits, listed, make_loader, number,
-                      predict, read_checkpoint, run_script, summarize, usable_cores, write_file)
+                      outputs, predict, read_checkpoint, run_script, summarize, to_device, usable_cores,
+                      write_file)
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -34,12 +36,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
+from torch.optim import LBFGS, SGD
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import datasets
 
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss,
@@ -50,13 +53,14 @@ from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillat
 RECIPES = {
     "tuned": dict(alpha=0.5, batch_size=64, lr=0.004, new_layers_lr=5.0, scratch_lr=0.1,
                   one_cycle=True, nesterov=True, weight_decay=5e-4, label_smoothing=0.1,
-                  crop_scale=(0.35, 1.0), detach_teacher=True, normalize=True, train_adapter=True),
+                  crop_scale=(0.35, 1.0), train_sizes=(0.5, 1.0), detach_teacher=True,
+                  normalize=True, train_adapter=True, fit_classifier=True),
     "blog": dict(alpha=0.5, batch_size=32, lr=0.01, new_layers_lr=1.0, scratch_lr=0.01,
                  one_cycle=False, nesterov=False, weight_decay=0.0, label_smoothing=0.0,
-                 crop_scale=(0.08, 1.0), detach_teacher=False, normalize=False,
-                 train_adapter=False),
+                 crop_scale=(0.08, 1.0), train_sizes=(1.0, 1.0), detach_teacher=False,
+                 normalize=False, train_adapter=False, fit_classifier=False),
 }
-NONE_YET = {"epoch": 0, "val_acc": -1.0}  # the best epoch before there is one
+NONE_YET = {"epoch": -1, "val_acc": -1.0}  # the best epoch before there is one
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
 
 
@@ -238,14 +242,28 @@ def draw_shape(name: str, rng: random.Random, size: int = 64) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
-class AugmentedFolder(ImageFolder):
-    """Images asked for as (index, seed); their augmentation depends on these two alone."""
+cached_transform = functools.cache(train_transform)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        index, seed = item
+
+class Augmented(Dataset):
+    """The images of a folder asked for as (index, seed, size), which decide their augmentation.
+
+    Args:
+        folder: of the images.
+        crop_scale: least and largest share of an image's area that a crop takes.
+    """
+
+    def __init__(self, folder: ImageFolder, crop_scale: tuple[float, float]) -> None:
+        self.folder, self.crop_scale = folder, crop_scale
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, item: tuple[int, int, int]) -> tuple[Tensor, int]:
+        index, seed, size = item
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return super().__getitem__(index)
+            return self.folder.load(index, cached_transform(size, self.crop_scale, False))
 
 
 class EpochBatches(Sampler):
@@ -258,10 +276,15 @@ class EpochBatches(Sampler):
         count: images in the data set.
         batch_size: images in a batch, at most, on all processes together.
         seed: of the order and of every image's augmentation.
+        epochs: of the whole run.
+        sizes: height and width of the images at its beginning and at its end, in pixels; in
+            between they grow evenly.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int, epochs: int,
+                 sizes: tuple[int, int]) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.epochs, self.sizes = epochs, sizes
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -271,13 +294,20 @@ class EpochBatches(Sampler):
         """Images in the batch at a position, on all processes together."""
         return self.count // len(self) + (position < self.count % len(self))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def pixels(self, position: int) -> int:
+        """Height and width of the images in the batch at a position: steps of 16 to the last."""
+        first, last = self.sizes
+        left = 1 - (self.epoch + position / len(self)) / self.epochs
+        return last - 16 * int((last - first) * left / 16)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
         seeds = torch.randint(2 ** 32, (self.count,), generator=generator)
         order = torch.randperm(self.count, generator=generator)
-        for batch in order.tensor_split(len(self))[self.start:]:
+        for position, batch in enumerate(order.tensor_split(len(self))[self.start:], self.start):
             part = batch.tensor_split(world_size())[rank()]
-            yield list(zip(part.tolist(), seeds[part].tolist()))
+            size = self.pixels(position)
+            yield [(index, seed, size) for index, seed in zip(part.tolist(), seeds[part].tolist())]
 
 
 def mix(*numbers: int) -> int:
@@ -287,9 +317,9 @@ def mix(*numbers: int) -> int:
 
 class Data(NamedTuple):
     """Both splits, loaders of this process's share of them, and what tells if they change."""
-    train_set: AugmentedFolder
+    train_set: ImageFolder
     val_set: ImageFolder
-    train_loader: DataLoader
+    train_loader: DataLoader  # augmented
     val_loader: DataLoader
     fingerprints: dict[str, str]
 
@@ -310,9 +340,9 @@ def make_data(args: argparse.Namespace, device: torch.device) -> Data:
     with first_on_its_machine_first():
         folder = find_data(args.data)
     args.data = str(folder.resolve())
-    scale = RECIPES[args.recipe]["crop_scale"]
-    train_set = AugmentedFolder(folder / "train", train_transform(args.size, scale))
-    val_set = ImageFolder(folder / "val", val_transform(args.size))
+    recipe = RECIPES[args.recipe]
+    transform = val_transform(args.size, normalized=False)
+    train_set, val_set = (ImageFolder(folder / split, transform) for split in ("train", "val"))
     unmatched = sorted(set(train_set.classes) ^ set(val_set.classes))
     if unmatched:
         raise UserError(f"the classes of train/ and val/ in {folder} differ: only one of them "
@@ -324,19 +354,22 @@ def make_data(args: argparse.Namespace, device: torch.device) -> Data:
     if args.skip_unreadable:
         for dataset in (train_set, val_set):
             dataset.leave_out_unreadable(workers, share, gather)
-    batches = EpochBatches(len(train_set), args.batch_size, args.seed)
-    refuse_small_batches(batches, args.size)
-    return Data(train_set, val_set, make_loader(train_set, device, workers, batch_sampler=batches),
+    sizes = [max(SIZES[0], round(args.size * part)) for part in recipe["train_sizes"]]
+    batches = EpochBatches(len(train_set), args.batch_size, args.seed, args.epochs, sizes)
+    refuse_small_batches(batches)
+    augmented = Augmented(train_set, recipe["crop_scale"])
+    return Data(train_set, val_set, make_loader(augmented, device, workers, batch_sampler=batches),
                 make_loader(Subset(val_set, range(len(val_set))[share]), device, workers,
                             batch_size=args.batch_size // world_size()),
                 {"train": fingerprint(train_set), "val": fingerprint(val_set)})
 
 
-def refuse_small_batches(batches: EpochBatches, size: int) -> None:
+def refuse_small_batches(batches: EpochBatches) -> None:
     if batches.batch_size % world_size():
         raise UserError(f"--batch-size {batches.batch_size} cannot be split evenly among "
                         f"{world_size()} processes: use a multiple of {world_size()}")
     least = batches.size(len(batches) - 1) // world_size()
+    size = batches.sizes[0]
     if least < (2 if size <= 32 else 1):  # at 32 pixels, batch norm has one value an image
         raise UserError(f"the smallest batch leaves a process {least} images, too few for batch "
                         f"norm at {size} pixels: use a larger --batch-size or --size")
@@ -399,7 +432,7 @@ def make_optimizer(args: argparse.Namespace, model: HookedModel,
                           if parameter.requires_grad and (parameter.ndim > 1) == is_matrix],
                "lr": lr, "weight_decay": recipe["weight_decay"] if is_matrix else 0.0}
               for parameters, lr in ((old, args.lr), (new, new_lr)) for is_matrix in (True, False)]
-    return SGD(groups, momentum=0.9, nesterov=recipe["nesterov"])
+    return SGD(groups, momentum=0.9, nesterov=recipe["nesterov"], fused=True)
 
 
 def make_scheduler(optimizer: SGD, one_cycle: bool, steps: int) -> LRScheduler:
@@ -548,9 +581,9 @@ class Checkpointer:
         checkpoint = {"model": run.model.model.state_dict(), "arch": "resnet18",
                       "classes": self.data.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
                       "std": list(IMAGENET_STD), "epoch": run.epoch,
-                      "val_acc": run.log[-1]["val_acc"] if run.log else 0.0,
+                      "val_acc": max(0.0, (run.log or [run.best])[-1]["val_acc"]),
                       "data": args.data, "args": settings}
-        if run.batch == 0 and run.epoch == run.best["epoch"] > 0:
+        if (run.epoch, run.batch) == (run.best["epoch"], 0):
             write_checkpoint(Path(args.out, "best.pt"), checkpoint)
         state = run.state_dict() | {"data": self.data.fingerprints}
         write_checkpoint(Path(args.out, "last.pt"), checkpoint | {"run": state})
@@ -607,8 +640,7 @@ def train_epoch(run: Run, network: nn.Module, batches: Iterable, sampler: EpochB
     start = time.perf_counter() - run.seconds
     for images, labels in batches:
         torch.manual_seed(mix(sampler.seed, run.epoch, run.batch, rank()))
-        images = images.to(run.device, memory_format=torch.channels_last, non_blocking=True)
-        labels = labels.to(run.device, non_blocking=True)
+        images, labels = to_device(images, labels, run.device)
         run.optimizer.zero_grad()
         logits, ce, distillation = network(images, labels)
         loss = run.criterion.combine(ce, distillation)
@@ -641,6 +673,50 @@ def validate(run: Run, data: Data, batches: Iterable, precision: str) -> Predict
     order = torch.cat([indices[first::world_size()] for first in range(world_size())]).argsort()
     *columns, seconds = predictions
     return Predictions(*(column[order] for column in columns), seconds)
+
+
+def fit_classifier(run: Run, data: Data, args: argparse.Namespace) -> None:
+    """Fit the new classifier, by logistic regression, to the features as the weights given have them.
+
+    Training then does not begin with a random classifier that distorts them: Kumar et al.,
+    Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution,
+    arXiv:2202.10054. Some train images will do, seen as in validation.
+    """
+    count = min(100 * len(data.classes), 20_000)
+    generator = torch.Generator().manual_seed(args.seed)
+    chosen = torch.randperm(len(data.train_set), generator=generator)[:count].tolist()
+    loader = make_loader(Subset(data.train_set, chosen[rank()::world_size()]), run.device,
+                         data.val_loader.num_workers, batch_size=data.val_loader.batch_size)
+    model = run.model.model
+    classifier, model.fc = model.fc, nn.Identity()
+    batches = gather([(features.cpu(), labels.cpu()) for features, labels
+                      in outputs(model, loader, run.device, args.precision)])
+    model.fc = classifier
+    features, labels = (torch.cat(parts).to(run.device) for parts in zip(*batches))
+    for parameter in classifier.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = LBFGS(classifier.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(classifier(features), labels)
+        loss = loss + 0.01 * classifier.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def begin(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpointer) -> None:
+    """Epoch 0: the accuracy of the weights given, once a classifier is fitted to them."""
+    start = time.perf_counter()
+    fit_classifier(run, data, args)
+    batches = checkpointer.attend(data.val_loader, math.ceil(len(data.val_set) / args.batch_size))
+    val = summarize(validate(run, data, batches, args.precision), data.classes)
+    run.best = {"epoch": 0, "val_acc": val["top1"]}
+    checkpointer.save()
+    print(f"epoch 0/{args.epochs}  only the classifier fitted  val acc {val['top1']:.4f}  "
+          f"{time.perf_counter() - start:.1f} s", flush=True)
 
 
 def finish_epoch(run: Run, predictions: Predictions, classes: list[str]) -> dict:
@@ -869,7 +945,8 @@ def restore(run: Run, checkpoint: dict, data: Data, args: argparse.Namespace) ->
         raise UserError(f"the checkpoint cannot be resumed, as it is damaged or of another version "
                         f"({error!r})") from None
     best = run.best["epoch"]
-    if best and not Path(args.out, "best.pt").exists() and (run.epoch, run.batch) != (best, 0):
+    lost = not Path(args.out, "best.pt").exists()
+    if best >= 0 and lost and (run.epoch, run.batch) != (best, 0):
         print(f"there is no best.pt of epoch {best} in {args.out}: the best is counted from here")
         run.best = dict(NONE_YET)
 
@@ -900,6 +977,9 @@ def fine_tune(arguments: list[str] | None) -> int:
     with Checkpointer(run, args, data) as checkpointer:
         try:
             checkpointer.save()
+            pretrained = RECIPES[args.recipe]["fit_classifier"] and args.weights != "none"
+            if pretrained and run.best == NONE_YET and (run.epoch, run.batch) == (0, 0):
+                begin(run, data, args, checkpointer)
             train(run, data, args, checkpointer)
         except Stopped as stopped:
             Progress.clear()
