@@ -458,16 +458,16 @@ class LossTest(unittest.TestCase):
 class DataTest(TestCase):
     def test_every_image_comes_once_an_epoch_in_batches_of_like_size(self) -> None:
         for count, batch_size, sizes in ((65, 64, [33, 32]), (10, 4, [4, 3, 3]), (1, 8, [1])):
-            batches = list(train.EpochBatches(count, batch_size, 0, epochs=1, sizes=(32, 32)))
+            batches = list(train.EpochBatches(count, batch_size, seed=0))
             self.assertEqual([len(batch) for batch in batches], sizes)
-            indices = sorted(index for batch in batches for index, _, _ in batch)
+            indices = sorted(index for batch in batches for index, _ in batch)
             self.assertEqual(indices, list(range(count)))
 
     def test_order_and_augmentation_change_with_epoch_and_seed(self) -> None:
         def epoch_of(seed: int, epoch: int) -> tuple[list[int], dict[int, int]]:
-            batches = train.EpochBatches(100, 10, seed, epochs=2, sizes=(32, 32))
+            batches = train.EpochBatches(100, 10, seed)
             batches.epoch = epoch
-            items = [(index, seed) for batch in batches for index, seed, _ in batch]
+            items = [item for batch in batches for item in batch]
             return [index for index, _ in items], dict(items)
 
         self.assertEqual(epoch_of(0, 0), epoch_of(0, 0))
@@ -480,29 +480,21 @@ class DataTest(TestCase):
             self.assertLess(sum(a == b for a, b in zip(*draws)), 5)
 
     def test_an_epoch_can_start_in_its_middle(self) -> None:
-        batches = train.EpochBatches(10, 2, seed=3, epochs=1, sizes=(32, 96))
+        batches = train.EpochBatches(10, 2, seed=3)
         whole = list(batches)
         batches.start = 3
         self.assertEqual(list(batches), whole[3:])
 
-    def test_images_grow_evenly_over_the_run_to_the_last_size(self) -> None:
-        batches = train.EpochBatches(40, 10, seed=0, epochs=2, sizes=(64, 100))
-        sizes = []
-        for batches.epoch in range(2):
-            sizes += [{size for _, _, size in batch} for batch in batches]
-        self.assertEqual(sizes, [{68}, {84}, {84}, {84}, {84}, {100}, {100}, {100}])
-
-    def test_augmentation_depends_on_index_seed_and_size_alone(self) -> None:
+    def test_augmentation_depends_on_index_and_seed_alone(self) -> None:
         folder = evaluate.ImageFolder(write_images(self.folder) / "train", None)
-        data = train.Augmented(folder, crop_scale=(0.35, 1.0))
+        data = train.Augmented(folder, train_transform(32, normalized=False))
         state = torch.get_rng_state()
-        first, label = data[4, 7, 32]
+        first, label = data[4, 7]
         assert_close(torch.get_rng_state(), state)
         torch.rand(5)
         self.assertEqual((first.shape, first.dtype), ((32, 32, 3), torch.uint8))
-        assert_close(data[4, 7, 32][0], first, rtol=0, atol=0)
-        self.assertFalse(torch.equal(data[4, 8, 32][0], first))
-        self.assertEqual(data[4, 7, 48][0].shape, (48, 48, 3))
+        assert_close(data[4, 7][0], first, rtol=0, atol=0)
+        self.assertFalse(torch.equal(data[4, 8][0], first))
         self.assertEqual(label, 0)
 
     def test_the_shapes_are_drawn_the_same_each_time_and_no_two_alike(self) -> None:
@@ -600,9 +592,9 @@ class OptimizerTest(unittest.TestCase):
                                            [*model.parameters(), *criterion.parameters()]})
         for parameter, expected in ((model.model.conv1.weight, (0.01, 5e-4)),
                                     (model.model.bn1.weight, (0.01, 0.0)),
-                                    (model.model.fc.weight, (0.05, 5e-4)),
-                                    (model.model.fc.bias, (0.05, 0.0)),
-                                    (criterion.adapter.weight, (0.05, 5e-4))):
+                                    (model.model.fc.weight, (0.01, 5e-4)),
+                                    (model.model.fc.bias, (0.01, 0.0)),
+                                    (criterion.adapter.weight, (0.01, 5e-4))):
             self.assertEqual(settings[id(parameter)], expected)
 
     def test_the_blog_recipe_is_the_published_one(self) -> None:
@@ -646,8 +638,7 @@ class OptimizerTest(unittest.TestCase):
                            train.make_scheduler(optimizer, one_cycle=False, steps=3),
                            torch.amp.GradScaler("cpu", enabled=False))
         train.train_epoch(result, train.Distiller(model, criterion, "fp32"), batches,
-                          train.EpochBatches(12, 4, 0, epochs=1, sizes=(64, 64)),
-                          train.Progress(1, 3, 12))
+                          train.EpochBatches(12, 4, seed=0), train.Progress(1, 3, 12))
         assert_close(model.model.state_dict(), plain.state_dict())
 
     def test_one_cycle_warms_up_and_ends_near_nought(self) -> None:
@@ -1382,6 +1373,19 @@ class EvaluationTest(TestCase):
             (logits, _), = evaluate.outputs(model, batches, torch.device("cpu"), "fp32")
         assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         assert_close(model.state_dict(), before)
+
+    def test_bf16_is_taken_where_it_is_fast_and_a_checkpoint_does_not_force_it(self) -> None:
+        data = write_images(self.folder / "images")
+        checkpoint = checkpoint_of(data)
+        checkpoint["args"]["precision"] = "bf16"
+        torch.save(checkpoint, self.folder / "best.pt")
+        for seconds, expected in (({"bf16": 1.0, "fp32": 2.0}, "bf16"),
+                                  ({"bf16": 12.0, "fp32": 1.0}, "fp32")):
+            with (mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", return_value=True),
+                  mock.patch.object(evaluate, "seconds_of_step", seconds.get)):
+                printed = run(evaluate.main, self.folder / "best.pt", "--workers", 0, "--device",
+                              "cpu")
+            self.assertIn(f"{expected} on cpu", printed)
 
     def test_auto_takes_a_device_and_precision_that_work(self) -> None:
         device = evaluate.choose_device("auto")

@@ -10,12 +10,11 @@ On several processes or machines: `torchrun --nproc-per-node N train.py ...`, th
 # First of all, as it checks that torch and torchvision fit together.
 from evaluate import (DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError, autocast,
                       choose_device, choose_precision, find_splits, listed, make_loader, number,
-                      outputs, predict, read_checkpoint, run_script, summarize, to_device, usable_cores,
-                      write_file)
+                      outputs, predict, read_checkpoint, run_script, summarize, to_device,
+                      usable_cores, write_file)
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import io
 import itertools
@@ -49,16 +48,14 @@ from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillat
                          hooked_resnet18, train_transform, val_transform)
 
 # What --recipe chooses. Of these alpha, batch_size and lr are flags too, which override it; lr is
-# the backbone's, scratch_lr that of all layers where the weights are random.
+# for weights given, scratch_lr for random ones.
 RECIPES = {
-    "tuned": dict(alpha=0.5, batch_size=64, lr=0.004, new_layers_lr=5.0, scratch_lr=0.1,
-                  one_cycle=True, nesterov=True, weight_decay=5e-4, label_smoothing=0.1,
-                  crop_scale=(0.35, 1.0), train_sizes=(0.5, 1.0), detach_teacher=True,
-                  normalize=True, train_adapter=True, fit_classifier=True),
-    "blog": dict(alpha=0.5, batch_size=32, lr=0.01, new_layers_lr=1.0, scratch_lr=0.01,
-                 one_cycle=False, nesterov=False, weight_decay=0.0, label_smoothing=0.0,
-                 crop_scale=(0.08, 1.0), train_sizes=(1.0, 1.0), detach_teacher=False,
-                 normalize=False, train_adapter=False, fit_classifier=False),
+    "tuned": dict(alpha=0.5, batch_size=64, lr=0.004, scratch_lr=0.1, one_cycle=True,
+                  nesterov=True, weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0),
+                  detach_teacher=True, normalize=True, train_adapter=True, fit_classifier=True),
+    "blog": dict(alpha=0.5, batch_size=32, lr=0.01, scratch_lr=0.01, one_cycle=False,
+                 nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
+                 detach_teacher=False, normalize=False, train_adapter=False, fit_classifier=False),
 }
 NONE_YET = {"epoch": -1, "val_acc": -1.0}  # the best epoch before there is one
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
@@ -140,6 +137,8 @@ def process_group() -> Iterator[None]:
                             **store_of_attempt())
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    # torchrun leaves each process one thread.
+    torch.set_num_threads(max(1, usable_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     with contextlib.ExitStack() as stack:
         if rank() > 0:
             null = stack.enter_context(open(os.devnull, "w"))
@@ -242,28 +241,20 @@ def draw_shape(name: str, rng: random.Random, size: int = 64) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
-cached_transform = functools.cache(train_transform)
-
-
 class Augmented(Dataset):
-    """The images of a folder asked for as (index, seed, size), which decide their augmentation.
+    """The images of a folder asked for as (index, seed), which alone decide their augmentation."""
 
-    Args:
-        folder: of the images.
-        crop_scale: least and largest share of an image's area that a crop takes.
-    """
-
-    def __init__(self, folder: ImageFolder, crop_scale: tuple[float, float]) -> None:
-        self.folder, self.crop_scale = folder, crop_scale
+    def __init__(self, folder: ImageFolder, transform: Callable) -> None:
+        self.folder, self.transform = folder, transform
 
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, item: tuple[int, int, int]) -> tuple[Tensor, int]:
-        index, seed, size = item
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = item
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self.folder.load(index, cached_transform(size, self.crop_scale, False))
+            return self.folder.load(index, self.transform)
 
 
 class EpochBatches(Sampler):
@@ -276,15 +267,10 @@ class EpochBatches(Sampler):
         count: images in the data set.
         batch_size: images in a batch, at most, on all processes together.
         seed: of the order and of every image's augmentation.
-        epochs: of the whole run.
-        sizes: height and width of the images at its beginning and at its end, in pixels; in
-            between they grow evenly.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, epochs: int,
-                 sizes: tuple[int, int]) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.epochs, self.sizes = epochs, sizes
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -294,20 +280,13 @@ class EpochBatches(Sampler):
         """Images in the batch at a position, on all processes together."""
         return self.count // len(self) + (position < self.count % len(self))
 
-    def pixels(self, position: int) -> int:
-        """Height and width of the images in the batch at a position: steps of 16 to the last."""
-        first, last = self.sizes
-        left = 1 - (self.epoch + position / len(self)) / self.epochs
-        return last - 16 * int((last - first) * left / 16)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
         seeds = torch.randint(2 ** 32, (self.count,), generator=generator)
         order = torch.randperm(self.count, generator=generator)
-        for position, batch in enumerate(order.tensor_split(len(self))[self.start:], self.start):
+        for batch in order.tensor_split(len(self))[self.start:]:
             part = batch.tensor_split(world_size())[rank()]
-            size = self.pixels(position)
-            yield [(index, seed, size) for index, seed in zip(part.tolist(), seeds[part].tolist())]
+            yield list(zip(part.tolist(), seeds[part].tolist()))
 
 
 def mix(*numbers: int) -> int:
@@ -340,7 +319,6 @@ def make_data(args: argparse.Namespace, device: torch.device) -> Data:
     with first_on_its_machine_first():
         folder = find_data(args.data)
     args.data = str(folder.resolve())
-    recipe = RECIPES[args.recipe]
     transform = val_transform(args.size, normalized=False)
     train_set, val_set = (ImageFolder(folder / split, transform) for split in ("train", "val"))
     unmatched = sorted(set(train_set.classes) ^ set(val_set.classes))
@@ -354,22 +332,21 @@ def make_data(args: argparse.Namespace, device: torch.device) -> Data:
     if args.skip_unreadable:
         for dataset in (train_set, val_set):
             dataset.leave_out_unreadable(workers, share, gather)
-    sizes = [max(SIZES[0], round(args.size * part)) for part in recipe["train_sizes"]]
-    batches = EpochBatches(len(train_set), args.batch_size, args.seed, args.epochs, sizes)
-    refuse_small_batches(batches)
-    augmented = Augmented(train_set, recipe["crop_scale"])
+    batches = EpochBatches(len(train_set), args.batch_size, args.seed)
+    refuse_small_batches(batches, args.size)
+    scale = RECIPES[args.recipe]["crop_scale"]
+    augmented = Augmented(train_set, train_transform(args.size, scale, normalized=False))
     return Data(train_set, val_set, make_loader(augmented, device, workers, batch_sampler=batches),
                 make_loader(Subset(val_set, range(len(val_set))[share]), device, workers,
                             batch_size=args.batch_size // world_size()),
                 {"train": fingerprint(train_set), "val": fingerprint(val_set)})
 
 
-def refuse_small_batches(batches: EpochBatches) -> None:
+def refuse_small_batches(batches: EpochBatches, size: int) -> None:
     if batches.batch_size % world_size():
         raise UserError(f"--batch-size {batches.batch_size} cannot be split evenly among "
                         f"{world_size()} processes: use a multiple of {world_size()}")
     least = batches.size(len(batches) - 1) // world_size()
-    size = batches.sizes[0]
     if least < (2 if size <= 32 else 1):  # at 32 pixels, batch norm has one value an image
         raise UserError(f"the smallest batch leaves a process {least} images, too few for batch "
                         f"norm at {size} pixels: use a larger --batch-size or --size")
@@ -422,17 +399,15 @@ class Distiller(nn.Module):
 
 def make_optimizer(args: argparse.Namespace, model: HookedModel,
                    criterion: SelfDistillationLoss) -> SGD:
-    """SGD, with a learning rate of its own for new layers and no decay of biases and norms."""
+    """SGD, with no decay of biases and norms."""
     recipe = RECIPES[args.recipe]
-    new_lr = args.lr if args.weights == "none" else args.lr * recipe["new_layers_lr"]
-    new = [*model.model.fc.parameters(), *criterion.parameters()]
-    old = [parameter for name, parameter in model.model.named_parameters()
-           if not name.startswith("fc.")]
+    parameters = [parameter for parameter in [*model.parameters(), *criterion.parameters()]
+                  if parameter.requires_grad]
     groups = [{"params": [parameter for parameter in parameters
-                          if parameter.requires_grad and (parameter.ndim > 1) == is_matrix],
-               "lr": lr, "weight_decay": recipe["weight_decay"] if is_matrix else 0.0}
-              for parameters, lr in ((old, args.lr), (new, new_lr)) for is_matrix in (True, False)]
-    return SGD(groups, momentum=0.9, nesterov=recipe["nesterov"], fused=True)
+                          if (parameter.ndim > 1) == is_matrix],
+               "weight_decay": recipe["weight_decay"] if is_matrix else 0.0}
+              for is_matrix in (True, False)]
+    return SGD(groups, lr=args.lr, momentum=0.9, nesterov=recipe["nesterov"], fused=True)
 
 
 def make_scheduler(optimizer: SGD, one_cycle: bool, steps: int) -> LRScheduler:
@@ -675,24 +650,28 @@ def validate(run: Run, data: Data, batches: Iterable, precision: str) -> Predict
     return Predictions(*(column[order] for column in columns), seconds)
 
 
-def fit_classifier(run: Run, data: Data, args: argparse.Namespace) -> None:
-    """Fit the new classifier, by logistic regression, to the features as the weights given have them.
+def fit_classifier(run: Run, data: Data, args: argparse.Namespace,
+                   checkpointer: Checkpointer) -> None:
+    """Fit a logistic regression to the features that the weights given yield.
 
-    Training then does not begin with a random classifier that distorts them: Kumar et al.,
-    Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution,
-    arXiv:2202.10054. Some train images will do, seen as in validation.
+    A random classifier would distort them first: Kumar et al., Fine-Tuning can Distort Pretrained
+    Features and Underperform Out-of-Distribution, arXiv:2202.10054. Some of the train images do,
+    seen as in validation.
     """
-    count = min(100 * len(data.classes), 20_000)
+    count = min(len(data.train_set), 100 * len(data.classes), 20_000)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(data.train_set), generator=generator)[:count].tolist()
     loader = make_loader(Subset(data.train_set, chosen[rank()::world_size()]), run.device,
                          data.val_loader.num_workers, batch_size=data.val_loader.batch_size)
+    batches = checkpointer.attend(loader, math.ceil(count / args.batch_size))
     model = run.model.model
     classifier, model.fc = model.fc, nn.Identity()
-    batches = gather([(features.cpu(), labels.cpu()) for features, labels
-                      in outputs(model, loader, run.device, args.precision)])
-    model.fc = classifier
-    features, labels = (torch.cat(parts).to(run.device) for parts in zip(*batches))
+    try:
+        parts = [(features.cpu(), labels.cpu()) for features, labels
+                 in outputs(model, batches, run.device, args.precision)]
+    finally:
+        model.fc = classifier
+    features, labels = (torch.cat(part).to(run.device) for part in zip(*gather(parts)))
     for parameter in classifier.parameters():
         nn.init.zeros_(parameter)
     optimizer = LBFGS(classifier.parameters(), max_iter=100, line_search_fn="strong_wolfe")
@@ -710,7 +689,7 @@ def fit_classifier(run: Run, data: Data, args: argparse.Namespace) -> None:
 def begin(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpointer) -> None:
     """Epoch 0: the accuracy of the weights given, once a classifier is fitted to them."""
     start = time.perf_counter()
-    fit_classifier(run, data, args)
+    fit_classifier(run, data, args, checkpointer)
     batches = checkpointer.attend(data.val_loader, math.ceil(len(data.val_set) / args.batch_size))
     val = summarize(validate(run, data, batches, args.precision), data.classes)
     run.best = {"epoch": 0, "val_acc": val["top1"]}
@@ -800,9 +779,9 @@ def make_parser() -> Parser:
                        help="passes over the images (default: 5)")
     group.add_argument("--batch-size", type=number(int, 1), metavar="N", help="images a step, on "
                        f"all processes together (default: {by_recipe('batch_size')})")
-    group.add_argument("--lr", type=number(float, 0), metavar="RATE", help="peak learning rate of "
-                       f"the layers that have weights (default: {by_recipe('lr')}; from random "
-                       f"weights: {by_recipe('scratch_lr')})")
+    group.add_argument("--lr", type=number(float, 0), metavar="RATE", help="peak learning rate "
+                       f"(default: {by_recipe('lr')}; from random weights: "
+                       f"{by_recipe('scratch_lr')})")
     group.add_argument("--alpha", type=number(float, 0, 1), metavar="WEIGHT",
                        help="weight of distillation, 1 - WEIGHT that of cross-entropy (default: "
                        f"{by_recipe('alpha')})")
