@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.utils.data import DataLoader
 from torchvision import datasets, models
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from selfdistill import load_tensors, normalize, to_rgb, val_transform
@@ -58,10 +57,13 @@ class UnreadableImage(UserError):
 
 def load_image(path: str) -> Tensor:
     """The image in a file, of any mode, as upright RGB: uint8 (3, H, W)."""
-    try:
-        return decode_jpeg(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError:
-        pass  # no sound JPEG: Pillow reads the other formats, and knows what is wrong
+    if path.lower().endswith((".jpg", ".jpeg")):
+        try:
+            data = torchvision.io.read_file(path)
+            return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB,
+                                              apply_exif_orientation=True)
+        except (RuntimeError, AttributeError):  # no sound JPEG, or a torchvision without decoders,
+            pass  # which it plans to drop; Pillow is slower, but reads all and tells what is wrong
     try:
         with Image.open(path) as image:
             return pil_to_tensor(to_rgb(image))

@@ -32,6 +32,7 @@ from unittest import mock
 from urllib.error import URLError
 
 import torch
+import torchvision
 from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from torch.testing import assert_close
@@ -550,6 +551,8 @@ class DataTest(TestCase):
                 with Image.open(path) as image:
                     expected = functional.pil_to_tensor(selfdistill.to_rgb(image))
                 with mock.patch.object(Image, "open", side_effect=AssertionError):
+                    assert_close(evaluate.load_image(str(path)), expected)
+                with mock.patch.object(torchvision.io, "decode_jpeg", side_effect=AttributeError):
                     assert_close(evaluate.load_image(str(path)), expected)
 
     def test_a_missing_imagenette_is_downloaded_whole_or_not_at_all(self) -> None:
