@@ -638,12 +638,15 @@ def train_epoch(run: Run, network: nn.Module, batches: Iterable, sampler: EpochB
     run.check_finite()
 
 
-def validate(run: Run, data: Data, batches: Iterable, precision: str) -> Predictions:
+def validate(run: Run, data: Data, args: argparse.Namespace,
+             checkpointer: Checkpointer) -> Predictions:
     """Predictions for the val images, each by one of the processes, in the order of the folder."""
     if dist.is_initialized():
         for buffer in run.model.buffers():  # the statistics of batch norm
             dist.broadcast(buffer, src=0)
-    predictions = predict(run.model.model, batches, run.device, precision, gather)
+    steps = math.ceil(len(data.val_set) / args.batch_size)
+    batches = checkpointer.attend(data.val_loader, steps)
+    predictions = predict(run.model.model, batches, run.device, args.precision, gather)
     indices = torch.arange(len(data.val_set))
     order = torch.cat([indices[first::world_size()] for first in range(world_size())]).argsort()
     *columns, seconds = predictions
@@ -690,8 +693,7 @@ def begin(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpoi
     """Epoch 0: the accuracy of the weights given, once a classifier is fitted to them."""
     start = time.perf_counter()
     fit_classifier(run, data, args, checkpointer)
-    batches = checkpointer.attend(data.val_loader, math.ceil(len(data.val_set) / args.batch_size))
-    val = summarize(validate(run, data, batches, args.precision), data.classes)
+    val = summarize(validate(run, data, args, checkpointer), data.classes)
     run.best = {"epoch": 0, "val_acc": val["top1"]}
     checkpointer.save()
     print(f"epoch 0/{args.epochs}  only the classifier fitted  val acc {val['top1']:.4f}  "
@@ -723,14 +725,12 @@ def train(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpoi
     """Train and validate for the epochs that are left, saving after each."""
     network = make_network(run, args)
     sampler = data.train_loader.batch_sampler
-    val_steps = math.ceil(len(data.val_set) / args.batch_size)
     progress = Progress(args.epochs, len(sampler), sampler.count)
     while run.epoch < args.epochs:
         sampler.epoch, sampler.start = run.epoch, run.batch
         batches = checkpointer.attend(data.train_loader, len(sampler) - run.batch)
         train_epoch(run, network, batches, sampler, progress)
-        batches = checkpointer.attend(data.val_loader, val_steps)
-        predictions = validate(run, data, batches, args.precision)
+        predictions = validate(run, data, args, checkpointer)
         line = finish_epoch(run, predictions, data.classes)
         checkpointer.save()
         progress.clear()
