@@ -315,7 +315,6 @@ class HookedModelTest(unittest.TestCase):
         for images in (self.images, self.images + 1):
             assert_close(compiled(images), hooked(images))
 
-
     def test_a_compiled_step_is_that_of_the_network_as_it_is(self) -> None:
         images, labels = self.images.to(memory_format=torch.channels_last), torch.tensor([3, 7])
         distiller = train.Distiller(HookedModel(self.model), SelfDistillationLoss(), "fp32")
@@ -754,20 +753,16 @@ class TrainingTest(TestCase):
             best.append((progress.best["epoch"], progress.best["val_acc"]))
         self.assertEqual(best, [(1, 0.5), (1, 0.5), (3, 1.0), (3, 1.0)])
 
-    def fit(self, out: str, *arguments: object) -> str:
-        """Run from weights that are not the classes', whose classifier is to be fitted."""
-        torch.manual_seed(0)
-        torch.save(resnet18(num_classes=5).state_dict(), self.folder / "weights.pth")
-        return run_training(self.data, self.folder / out, "--size", 64, "--weights",
-                            self.folder / "weights.pth", *arguments)
-
     def test_training_begins_with_a_classifier_fitted_to_the_features(self) -> None:
         shutil.copytree(self.data / "train", self.folder / "images" / "train")
         shutil.copytree(self.data / "train", self.folder / "images" / "val")
-        printed = self.fit("out", "--data", self.folder / "images", "--lr", 1e-9)
+        torch.manual_seed(0)
+        weights = resnet18(num_classes=5).state_dict()
+        torch.save(weights, self.folder / "weights.pth")
+        printed = run_training(self.folder / "images", self.folder / "out", "--size", 64,
+                               "--lr", 1e-9, "--weights", self.folder / "weights.pth")
         self.assertIn("epoch 0/1  only the classifier fitted  val acc ", printed)
         best = torch.load(self.folder / "out" / "best.pt", weights_only=True)
-        weights = torch.load(self.folder / "weights.pth", weights_only=True)
         self.assertEqual(best["epoch"], 0)
         self.assertGreaterEqual(best["val_acc"], 0.9)  # on the very images it was fitted to
         self.assertEqual(self.evaluate(self.folder / "out" / "best.pt")["top1"], best["val_acc"])
