@@ -4,6 +4,7 @@ import copy
 import doctest
 import gc
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 from urllib.error import URLError
 
@@ -691,7 +693,8 @@ class TrainingTest(TestCase):
     def test_the_log_has_a_line_an_epoch(self) -> None:
         self.assertEqual([line["epoch"] for line in self.log], [1, 2])
         keys = {"epoch", "train_loss", "ce_loss", "distillation_loss", "train_acc", "val_loss",
-                "val_acc", "lr", "images_per_second", "seconds"}
+                "val_acc", "lr", "images_per_second", "seconds", "gradient_ratio", "student_norm",
+                "student_spread", "teacher_norm", "teacher_spread"}
         for line in self.log:
             self.assertEqual(line.keys(), keys)
             assert_close(line["train_loss"],
@@ -749,7 +752,7 @@ class TrainingTest(TestCase):
             predictions = evaluate.Predictions(
                 labels=torch.tensor([0, 0]), losses=torch.zeros(2),
                 top=torch.tensor([[0, 1]] * right + [[1, 0]] * (2 - right)), seconds=1.0)
-            train.finish_epoch(progress, predictions, ["a", "b"])
+            train.finish_epoch(progress, predictions, ["a", "b"], {})
             best.append((progress.best["epoch"], progress.best["val_acc"]))
         self.assertEqual(best, [(1, 0.5), (1, 0.5), (3, 1.0), (3, 1.0)])
 
@@ -817,6 +820,155 @@ class TrainingTest(TestCase):
                          "not finite in epoch 1.*try a lower --lr")
         last = torch.load(self.folder / "last.pt", weights_only=True)
         self.assertTrue(all(value.isfinite().all() for value in last["model"].values()))
+
+
+class HealthTest(TestCase):
+    """The figures that tell whether the distillation term does anything."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        torch.manual_seed(0)
+        self.model = hooked_resnet18(3, "none")
+        self.criterion = SelfDistillationLoss(alpha=0.25, detach_teacher=True)
+        folder = evaluate.ImageFolder(write_images(self.folder / "images") / "train",
+                                      val_transform(64, normalized=False))
+        augmented = train.Augmented(folder, train_transform(64, normalized=False))
+        self.data = SimpleNamespace(train_set=folder,
+                                    train_loader=SimpleNamespace(dataset=augmented))
+        self.images, self.labels = evaluate.to_device(
+            *torch.utils.data.default_collate([augmented[k, train.mix(5, 2)] for k in range(18)]),
+            torch.device("cpu"))
+
+    def health(self) -> dict[str, float]:
+        run = SimpleNamespace(model=self.model, criterion=self.criterion, epoch=2,
+                              device=torch.device("cpu"))
+        return train.health(run, self.data, seed=5)
+
+    def test_the_gradients_are_those_of_the_weighted_terms(self) -> None:
+        before = copy.deepcopy(self.model.state_dict())
+        ratio = self.health()["gradient_ratio"]
+        assert_close(self.model.state_dict(), before, rtol=0, atol=0)
+        norms = []
+        for ce_weight, distillation_weight in ((0, 0.25), (0.75, 0)):
+            logits, student, teacher = self.model.eval()(self.images)
+            student.retain_grad()
+            target = self.criterion.adapter(teacher.detach())
+            loss = (ce_weight * nn.functional.cross_entropy(logits, self.labels)
+                    + distillation_weight * nn.functional.mse_loss(
+                        nn.functional.interpolate(student, size=(2, 2), mode="bilinear"), target))
+            loss.backward()
+            norms.append(student.grad.norm())
+        assert_close(torch.tensor(ratio), norms[0] / norms[1])
+
+    def test_norm_and_spread_of_features_alike_opposite_and_orthogonal(self) -> None:
+        direction = torch.zeros(18, 128, 2, 2)
+        direction[:, 0] = 3.0
+        opposite, orthogonal = direction.clone(), direction.clone()
+        opposite[9:] *= -1
+        orthogonal[9:] = direction[9:].roll(1, dims=1)
+        for features, spread in ((direction, 0.0), (opposite, 1.0), (orthogonal, 0.5 ** 0.5)):
+            assert_close(train.norm_and_spread(features), (3.0, spread))
+
+    def test_a_collapse_is_told_once(self) -> None:
+        def warnings_at(*spreads: float) -> list[bool]:
+            log = [{"student_spread": 0.5, "teacher_spread": spread} for spread in spreads]
+            told = []
+            for k in range(len(log)):
+                with contextlib.redirect_stdout(io.StringIO()) as output:
+                    train.warn_of_collapse(log[:k + 1])
+                told.append("collapsed" in output.getvalue())
+            return told
+
+        self.assertEqual(warnings_at(0.5, 0.001, 0.001, 0.5, 0.001),
+                         [False, True, False, False, False])
+        self.assertEqual(warnings_at(0.5, 0.1), [False, False])
+
+
+class ComparisonTest(TestCase):
+    """--compare: pairs of runs with and without distillation."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = write_images(self.folder / "images")
+
+    def compare(self, out: str, *arguments: object) -> str:
+        return run_training(self.data, self.folder / out, "--compare", 2, "--seed", 3, *arguments)
+
+    def test_the_control_has_the_gradient_of_the_weighted_cross_entropy_alone(self) -> None:
+        torch.manual_seed(0)
+        model, criterion = hooked_resnet18(3, "none"), SelfDistillationLoss(alpha=0.25)
+        criterion.adapter.requires_grad_(False)
+        images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+        _, ce, distillation = train.Distiller(model, criterion, "fp32", False)(images, labels)
+        criterion.combine(ce, distillation).backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        (0.75 * nn.functional.cross_entropy(model(images)[0], labels)).backward()
+        assert_close(gradients, [parameter.grad for parameter in model.parameters()])
+        self.assertGreater(distillation, 0)
+
+    def test_both_runs_of_a_pair_begin_alike_and_are_those_that_flags_give(self) -> None:
+        printed = self.compare("out")
+        figures = json.loads((self.folder / "out" / "compare.json").read_text())
+        self.assertEqual([pair["seed"] for pair in figures["pairs"]], [3, 4])
+        for pair, k in itertools.product(figures["pairs"], range(2)):
+            arm, flag = (("distillation", "--distillation"),
+                         ("control", "--no-distillation"))[k]
+            run_training(self.data, self.folder / "alone", "--seed", pair["seed"], flag)
+            alone = read_log(self.folder / "alone")
+            self.assertEqual(alone[-1]["val_acc"], pair[arm])
+            name = f"{pair['seed']}-{arm}"
+            self.assertEqual(contents(read_log(self.folder / "out" / "compare" / name)),
+                             contents(alone))
+        self.assertIn("run 4 of 4: control, seed 4", printed)
+        self.assertRegex(printed.splitlines()[-1], "with 2 pairs: 95 % interval")
+
+    def test_it_goes_on_where_it_was_stopped_and_keeps_an_earlier_one(self) -> None:
+        self.compare("expected")
+        runs = []
+
+        def stopped_in_its_third(arguments: list[str]) -> int:
+            runs.append(arguments)
+            return 143 if len(runs) == 3 else fine_tune(arguments)
+
+        fine_tune = train.fine_tune
+        with (mock.patch.object(train, "fine_tune", stopped_in_its_third),
+              self.assertRaises(SystemExit) as caught):
+            self.compare("out")
+        self.assertEqual(caught.exception.code, 143)
+        log = Path("3-control", "log.jsonl")
+        trained = (self.folder / "out" / "compare" / log).read_text()  # times, too
+        expected = (self.folder / "expected" / "compare.json").read_text()
+        self.compare("out", "--resume")
+        self.assertEqual((self.folder / "out" / "compare.json").read_text(), expected)
+        self.compare("out")
+        self.assertEqual((self.folder / "out" / "compare.1" / log).read_text(), trained)
+        self.assertEqual((self.folder / "out" / "compare.1.json").read_text(), expected)
+
+    def test_the_gain_of_three_pairs_by_hand(self) -> None:
+        def verdict_of(*differences: float) -> tuple[dict, str]:
+            figures = train.gain([{"seed": k, "distillation": 0.5 + difference, "control": 0.5}
+                                  for k, difference in enumerate(differences)])
+            return figures, run(lambda _: train.print_gain(figures)).splitlines()[-1]
+
+        figures, verdict = verdict_of(0.01, 0.02, 0.03)
+        half = 4.303 * 0.01 / 3 ** 0.5
+        assert_close(figures["difference"]["interval"], [0.02 - half, 0.02 + half],
+                     rtol=0, atol=1e-5)
+        assert_close(figures["distillation"], {"mean": 0.52, "deviation": 0.01})
+        self.assertIn("cannot be told, with 3 pairs", verdict)
+        self.assertIn("distillation helps, with 3 pairs", verdict_of(0.02, 0.021, 0.022)[1])
+        self.assertIn("distillation hurts, with 3 pairs", verdict_of(-0.02, -0.021, -0.022)[1])
+
+    def test_quantiles_of_t_are_those_of_tables(self) -> None:
+        for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (29, 2.045)):
+            self.assertAlmostEqual(train.t_quantile(freedom), expected, delta=0.001)
+
+    def test_what_makes_no_pair_is_refused(self) -> None:
+        for flags in (("--no-distillation",), ("--alpha", 0), ("--resume", "other/last.pt")):
+            self.assertIn("--compare trains with distillation and without",
+                          self.error_of(train.main, *tiny(self.data, self.folder / "out",
+                                                          "--compare", 2, *flags)))
 
 
 class Training(multiprocessing.get_context("forkserver").Process):
@@ -1418,7 +1570,8 @@ class BadInputTest(TestCase):
     def test_numbers_that_make_no_sense(self) -> None:
         for flag, value in (("--epochs", 0), ("--epochs", "many"), ("--batch-size", -1),
                             ("--size", 0), ("--size", 1.5), ("--workers", -1), ("--alpha", 1.1),
-                            ("--alpha", "nan"), ("--lr", "inf"), ("--lr", -0.1), ("--seed", -1)):
+                            ("--alpha", "nan"), ("--lr", "inf"), ("--lr", -0.1), ("--seed", -1),
+                            ("--compare", 1)):
             with self.subTest(flag=flag, value=value):
                 self.assertRegex(self.train_error(flag, value),
                                  f"{flag}: '{value}' is not a .*number (of at least|between)")

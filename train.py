@@ -25,6 +25,7 @@ import random
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 from torchvision import datasets
 
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss,
@@ -57,6 +58,7 @@ RECIPES = {
                  nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
                  detach_teacher=False, normalize=False, train_adapter=False, fit_classifier=False),
 }
+COLLAPSED = 0.02  # the spread of features below which they are nearly alike
 NONE_YET = {"epoch": -1, "val_acc": -1.0}  # the best epoch before there is one
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
 
@@ -373,12 +375,15 @@ def make_criterion(args: argparse.Namespace, model: HookedModel) -> SelfDistilla
     criterion = SelfDistillationLoss(
         args.alpha, *model.feature_channels(), detach_teacher=recipe["detach_teacher"],
         normalize=recipe["normalize"], label_smoothing=recipe["label_smoothing"])
-    criterion.adapter.requires_grad_(recipe["train_adapter"])
+    criterion.adapter.requires_grad_(recipe["train_adapter"] and args.distillation)
     return criterion
 
 
 class Distiller(nn.Module):
     """The hooked network and its loss as one module, so that DDP averages the gradients of both.
+
+    Args:
+        distill: False only measures the distillation term, of which there is then no gradient.
 
     Shape:
         - images: (N, 3, H, W); labels: (N)
@@ -386,13 +391,17 @@ class Distiller(nn.Module):
           fp32 whatever the precision
     """
 
-    def __init__(self, model: HookedModel, criterion: SelfDistillationLoss, precision: str) -> None:
+    def __init__(self, model: HookedModel, criterion: SelfDistillationLoss, precision: str,
+                 distill: bool = True) -> None:
         super().__init__()
-        self.model, self.criterion, self.precision = model, criterion, precision
+        self.model, self.criterion = model, criterion
+        self.precision, self.distill = precision, distill
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with autocast(images.device, self.precision):
             logits, student, teacher = self.model(images)
+        if not self.distill:
+            student, teacher = student.detach(), teacher.detach()
         logits = logits.float()
         return logits, *self.criterion.terms(logits, labels, student.float(), teacher.float())
 
@@ -552,7 +561,7 @@ class Checkpointer:
         if rank() > 0:
             return
         settings = {name: value for name, value in vars(args).items()
-                    if name not in ("out", "resume")}
+                    if name not in ("out", "resume", "compare")}
         checkpoint = {"model": run.model.model.state_dict(), "arch": "resnet18",
                       "classes": self.data.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
                       "std": list(IMAGENET_STD), "epoch": run.epoch,
@@ -700,8 +709,44 @@ def begin(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpoi
           f"{time.perf_counter() - start:.1f} s", flush=True)
 
 
-def finish_epoch(run: Run, predictions: Predictions, classes: list[str]) -> dict:
-    """Close the epoch: its log line, and whether it is the best so far."""
+def health(run: Run, data: Data, seed: int) -> dict[str, float]:
+    """How the distillation term does, on up to 32 augmented train images.
+
+    The ratio of its gradient to that of the cross-entropy, both as weighted in the loss, with
+    respect to the student features; then, of the student and the teacher features, what
+    `norm_and_spread` tells. In eval mode, so that nothing of the run changes.
+    """
+    count = len(data.train_set)
+    chosen = torch.linspace(0, count - 1, min(32, count)).long().tolist()
+    items = [data.train_loader.dataset[index, mix(seed, run.epoch)] for index in chosen]
+    images, labels = to_device(*default_collate(items), run.device)
+    logits, student, teacher = run.model.eval()(images)
+    zero = torch.zeros((), device=run.device)
+    ce, distillation = run.criterion.terms(logits, labels, student, teacher)
+    ce, distillation = (torch.autograd.grad(term, student, retain_graph=True)[0].norm().item()
+                        for term in (run.criterion.combine(ce, zero),
+                                     run.criterion.combine(zero, distillation)))
+    figures = {"gradient_ratio": distillation / ce if ce else None}
+    for name, features in (("student", student), ("teacher", teacher)):
+        figures[f"{name}_norm"], figures[f"{name}_spread"] = norm_and_spread(features)
+    return figures
+
+
+@torch.no_grad()
+def norm_and_spread(features: Tensor) -> tuple[float, float]:
+    """Of features (N, C, H, W): the mean length over the channels, the spread of the directions.
+
+    That is the root mean square of their distance from their mean, from 0 (all alike) to 1.
+    Features that collapse are alike: Chen & He, SimSiam, arXiv:2011.10566, section 4.1.
+    """
+    directions = F.normalize(features, dim=1)
+    away = directions - directions.mean(dim=(0, 2, 3), keepdim=True)
+    return features.norm(dim=1).mean().item(), away.square().sum(dim=1).mean().sqrt().item()
+
+
+def finish_epoch(run: Run, predictions: Predictions, classes: list[str],
+                 figures: dict[str, float]) -> dict:
+    """Close the epoch: its log line, with the further figures; and whether it is the best yet."""
     images, *sums = run.totals.tolist()
     loss, ce, distillation, train_acc = (value / images for value in sums)
     val = summarize(predictions, classes)
@@ -713,7 +758,7 @@ def finish_epoch(run: Run, predictions: Predictions, classes: list[str]) -> dict
             "distillation_loss": distillation, "train_acc": train_acc, "val_loss": val["loss"],
             "val_acc": val["top1"], "lr": run.optimizer.param_groups[0]["lr"],
             "images_per_second": images / run.seconds,
-            "seconds": run.seconds + predictions.seconds}
+            "seconds": run.seconds + predictions.seconds} | figures
     run.log.append(line)
     if line["val_acc"] > run.best["val_acc"]:  # a tie leaves the earlier epoch the best
         run.best = {"epoch": run.epoch, "val_acc": line["val_acc"]}
@@ -731,18 +776,27 @@ def train(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpoi
         batches = checkpointer.attend(data.train_loader, len(sampler) - run.batch)
         train_epoch(run, network, batches, sampler, progress)
         predictions = validate(run, data, args, checkpointer)
-        line = finish_epoch(run, predictions, data.classes)
+        line = finish_epoch(run, predictions, data.classes, health(run, data, args.seed))
         checkpointer.save()
         progress.clear()
         print(f"epoch {run.epoch}/{args.epochs}  loss {line['train_loss']:.4f} "
               f"(ce {line['ce_loss']:.4f}, distillation {line['distillation_loss']:.4g})  "
               f"train acc {line['train_acc']:.4f}  val acc {line['val_acc']:.4f}  "
               f"{line['images_per_second']:.1f} images/s  {line['seconds']:.1f} s", flush=True)
+        warn_of_collapse(run.log)
+
+
+def warn_of_collapse(log: list[dict]) -> None:
+    """Once, after the first epoch of which it is true."""
+    spreads = [min(line["student_spread"], line["teacher_spread"]) for line in log]
+    if spreads[-1] < COLLAPSED and min(spreads[:-1], default=1) >= COLLAPSED:
+        print(f"warning: the features have collapsed, they are nearly alike for all images (spread "
+              f"{spreads[-1]:.2g} of at most 1): try a lower --alpha or --lr", flush=True)
 
 
 def make_network(run: Run, args: argparse.Namespace) -> nn.Module:
     """The network and its loss, compiled and distributed as asked."""
-    network = Distiller(run.model, run.criterion, args.precision)
+    network = Distiller(run.model, run.criterion, args.precision, args.distillation)
     if args.compile:
         network = torch.compile(network)
     if dist.is_initialized():
@@ -770,6 +824,9 @@ def make_parser() -> Parser:
                        "folder; auto: from last.pt, or anew if there is none yet")
     group.add_argument("--save-every", type=number(float, 0), metavar="MINUTES", default=10.0,
                        help="write last.pt so often, besides after each epoch (default: 10)")
+    group.add_argument("--compare", type=number(int, 2), metavar="N", help="train N pairs of runs, "
+                       "seeds from --seed on, with and without distillation, and tell what it "
+                       "gains, in compare.json; what was stopped goes on with --resume added")
     group.add_argument("--skip-unreadable", action=argparse.BooleanOptionalAction, default=False,
                        help="leave out images that cannot be read, having tried all at the start")
     group = parser.add_argument_group("training")
@@ -785,6 +842,9 @@ def make_parser() -> Parser:
     group.add_argument("--alpha", type=number(float, 0, 1), metavar="WEIGHT",
                        help="weight of distillation, 1 - WEIGHT that of cross-entropy (default: "
                        f"{by_recipe('alpha')})")
+    group.add_argument("--distillation", action=argparse.BooleanOptionalAction, default=True,
+                       help="--no-distillation trains by the cross-entropy alone, its weight as "
+                       "it is: the control of --compare")
     group.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, metavar="N",
                        help="of weights, order and augmentation (default: 0)")
     group = parser.add_argument_group("network")
@@ -806,10 +866,9 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_args(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+def parse_args(arguments: list[str]) -> tuple[argparse.Namespace, dict | None]:
     """The settings of the run, and the checkpoint to resume, whose settings are the defaults."""
     parser = make_parser()
-    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
     checkpoint = None if args.resume is None else from_first(read_resumed, args)
     if checkpoint:
@@ -867,7 +926,8 @@ def refuse_contradictions(args: argparse.Namespace, before: argparse.Namespace) 
     """Where a run may not change between its parts."""
     if args.precision == "auto":
         args.precision = before.precision
-    for name in ("recipe", "batch_size", "lr", "alpha", "size", "weights", "seed", "precision"):
+    for name in ("recipe", "batch_size", "lr", "alpha", "distillation", "size", "weights", "seed",
+                 "precision"):
         if getattr(args, name) != getattr(before, name):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run "
                             f"to resume, which has {getattr(before, name)}")
@@ -881,13 +941,13 @@ def refuse_contradictions(args: argparse.Namespace, before: argparse.Namespace) 
         print(f"epochs     {args.epochs} instead of {before.epochs}, at the same learning rate")
 
 
-def make_out(out: Path, resumed: bool) -> None:
+def make_out(out: Path, names: tuple[str, ...], resumed: bool) -> None:
     """Make the folder --out; what an earlier run left there is kept under other names."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
-    earlier = [out / name for name in ("best.pt", "last.pt", "log.jsonl") if (out / name).exists()]
+    earlier = [out / name for name in names if (out / name).exists()]
     if resumed or not earlier:
         return
     suffix = next(k for k in itertools.count(1)
@@ -930,7 +990,7 @@ def restore(run: Run, checkpoint: dict, data: Data, args: argparse.Namespace) ->
         run.best = dict(NONE_YET)
 
 
-def fine_tune(arguments: list[str] | None) -> int:
+def fine_tune(arguments: list[str]) -> int:
     """Train as the command line asks; returns the exit code."""
     started = time.perf_counter()
     args, checkpoint = parse_args(arguments)
@@ -942,7 +1002,8 @@ def fine_tune(arguments: list[str] | None) -> int:
     if checkpoint:
         restore(run, checkpoint, data, args)
     if rank() == 0:
-        make_out(Path(args.out), resumed=checkpoint is not None)
+        make_out(Path(args.out), ("best.pt", "last.pt", "log.jsonl"),
+                 resumed=checkpoint is not None)
 
     print(f"data       {args.data}: {len(data.train_set)} train and {len(data.val_set)} val "
           f"images, {len(data.classes)} classes")
@@ -950,7 +1011,8 @@ def fine_tune(arguments: list[str] | None) -> int:
     print(f"machine    {device}, {args.precision}, {data.train_loader.num_workers} workers"
           + (f" for each of {world_size()} processes" if dist.is_initialized() else ""))
     print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr {args.lr:g}, "
-          f"alpha {args.alpha:g}, seed {args.seed}", flush=True)
+          f"alpha {args.alpha:g}{'' if args.distillation else ' (no distillation)'}, "
+          f"seed {args.seed}", flush=True)
     if checkpoint:
         print(f"resumed    after {run.epoch} epochs and {run.batch} batches of the next")
     with Checkpointer(run, args, data) as checkpointer:
@@ -976,9 +1038,78 @@ def fine_tune(arguments: list[str] | None) -> int:
     return 0
 
 
+def compare(arguments: list[str]) -> int:
+    """Train pairs of runs as the command line asks, and tell what distillation gains."""
+    args = make_parser().parse_args(arguments)
+    if args.resume not in (None, "", "auto") or not args.distillation or args.alpha == 0:
+        raise UserError("--compare trains with distillation and without, in the folder compare in "
+                        "--out: it takes no --no-distillation, no --alpha 0 and no FILE to resume")
+    out = Path(args.out)
+    if rank() == 0:
+        make_out(out, ("compare", "compare.json"), resumed=args.resume is not None)
+    pairs = []
+    for seed in range(args.seed, args.seed + args.compare):
+        pair = {"seed": seed}
+        for arm, flag in (("distillation", "--distillation"), ("control", "--no-distillation")):
+            print(f"\nrun {2 * len(pairs) + len(pair)} of {2 * args.compare}: {arm}, seed {seed}")
+            folder = out / "compare" / f"{seed}-{arm}"
+            code = fine_tune([*arguments, flag, f"--seed={seed}", f"--out={folder}",
+                              "--resume=auto"])
+            if code:
+                print("the comparison itself goes on with its own command and --resume")
+                return code
+            pair[arm] = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["val_acc"]
+        pairs.append(pair)
+    if rank() == 0:
+        figures = gain(pairs)
+        write_file(out / "compare.json", json.dumps(figures, indent=2).encode())
+        print_gain(figures)
+    return 0
+
+
+def gain(pairs: list[dict]) -> dict:
+    """The figures of paired runs: mean, deviation, and the 95 % t-interval of the difference."""
+    figures = {"pairs": pairs}
+    differences = [pair["distillation"] - pair["control"] for pair in pairs]
+    for name, values in (("distillation", [pair["distillation"] for pair in pairs]),
+                         ("control", [pair["control"] for pair in pairs]),
+                         ("difference", differences)):
+        figures[name] = {"mean": statistics.mean(values), "deviation": statistics.stdev(values)}
+    half = t_quantile(len(pairs) - 1) * statistics.stdev(differences) / math.sqrt(len(pairs))
+    mean = figures["difference"]["mean"]
+    figures["difference"]["interval"] = [mean - half, mean + half]
+    return figures
+
+
+def t_quantile(freedom: int) -> float:
+    """The 0.975 quantile of Student's t distribution, to 0.001."""
+    t = torch.linspace(0, 13, 130_001, dtype=torch.float64)
+    density = torch.distributions.StudentT(freedom).log_prob(t).exp()
+    above_0 = torch.cumulative_trapezoid(density, t)
+    return t[torch.searchsorted(above_0, 0.475)].item()
+
+
+def print_gain(figures: dict) -> None:
+    print("\nval accuracy after the last epoch\n seed  distillation  control  difference")
+    for pair in figures["pairs"]:
+        difference = pair["distillation"] - pair["control"]
+        print(f"{pair['seed']:5d}  {pair['distillation']:12.4f}  {pair['control']:7.4f}  "
+              f"{difference:+10.4f}")
+    for name in ("mean", "deviation"):
+        print(f"{name:9}  {figures['distillation'][name]:8.4f}  {figures['control'][name]:7.4f}  "
+              f"{figures['difference'][name]:+10.4f}")
+    low, high = figures["difference"]["interval"]
+    verdict = ("distillation helps" if low > 0 else "distillation hurts" if high < 0 else
+               "whether distillation helps or hurts cannot be told")
+    print(f"{verdict}, with {len(figures['pairs'])} pairs: 95 % interval of the difference "
+          f"{low:+.4f} to {high:+.4f}")
+
+
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     with process_group():
-        code = fine_tune(arguments)
+        compares = make_parser().parse_args(arguments).compare is not None
+        code = (compare if compares else fine_tune)(arguments)
     if code:
         sys.exit(code)
 
