@@ -250,7 +250,47 @@ def load_tensors(path: str | os.PathLike) -> dict:
     return content
 
 
-class SelfDistillationLoss(nn.Module):
+class _TwoTermLoss(nn.Module):
+    """(1 - alpha) * cross-entropy + alpha * a second term, which subclasses define."""
+
+    def __init__(self, alpha: float, label_smoothing: float, **channels: int) -> None:
+        super().__init__()
+        for name, value in (("alpha", alpha), ("label_smoothing", label_smoothing)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        for name, value in channels.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.alpha = alpha
+        self.label_smoothing = label_smoothing
+
+    def forward(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor,
+                teacher_intermediate: Tensor | None = None) -> Tensor:
+        ce, distillation = self.terms(student_logits, labels, student_intermediate,
+                                      teacher_intermediate)
+        return self.combine(ce, distillation)
+
+    def terms(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor,
+              teacher_intermediate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The two terms apart, neither weighted: cross-entropy, distillation."""
+        return self.cross_entropy(student_logits, labels), self.distillation(
+            student_logits, labels, student_intermediate, teacher_intermediate)
+
+    def combine(self, ce: Tensor, distillation: Tensor) -> Tensor:
+        """The loss from its two terms."""
+        return self.alpha * distillation + (1 - self.alpha) * ce
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+def _check_channels(name: str, features: Tensor, channels: int) -> None:
+    if features.ndim != 4 or features.shape[1] != channels:
+        raise ValueError(f"{name} features must have the shape (N, {channels}, H, W), "
+                         f"got {tuple(features.shape)}")
+
+
+class SelfDistillationLoss(_TwoTermLoss):
     r"""Cross-entropy plus the distance of early features from adapted deep ones.
 
     .. math::
@@ -295,43 +335,17 @@ class SelfDistillationLoss(nn.Module):
     def __init__(self, alpha: float = 0.5, student_channels: int = 128,
                  teacher_channels: int = 512, detach_teacher: bool = False,
                  normalize: bool = False, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        for name, value in (("alpha", alpha), ("label_smoothing", label_smoothing)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
-        for name, value in (("student_channels", student_channels),
-                            ("teacher_channels", teacher_channels)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.alpha = alpha
+        super().__init__(alpha, label_smoothing, student_channels=student_channels,
+                         teacher_channels=teacher_channels)
         self.detach_teacher = detach_teacher
         self.normalize = normalize
-        self.label_smoothing = label_smoothing
         self.adapter = nn.Conv2d(teacher_channels, student_channels, kernel_size=1)
 
-    def forward(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor,
-                teacher_intermediate: Tensor) -> Tensor:
-        ce, distillation = self.terms(student_logits, labels, student_intermediate,
-                                      teacher_intermediate)
-        return self.combine(ce, distillation)
-
-    def terms(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor,
-              teacher_intermediate: Tensor) -> tuple[Tensor, Tensor]:
-        """The two terms apart, neither weighted: cross-entropy, distillation."""
-        ce = F.cross_entropy(student_logits, labels, label_smoothing=self.label_smoothing)
-        return ce, self.distillation(student_intermediate, teacher_intermediate)
-
-    def combine(self, ce: Tensor, distillation: Tensor) -> Tensor:
-        """The loss from its two terms."""
-        return self.alpha * distillation + (1 - self.alpha) * ce
-
-    def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def distillation(self, logits: Tensor, labels: Tensor, student: Tensor,
+                     teacher: Tensor) -> Tensor:
         """MSE between the resized student features and the adapted teacher features, a scalar."""
-        for name, features, channels in (("student", student, self.adapter.out_channels),
-                                         ("teacher", teacher, self.adapter.in_channels)):
-            if features.ndim != 4 or features.shape[1] != channels:
-                raise ValueError(f"{name} features must have the shape (N, {channels}, H, W), "
-                                 f"got {tuple(features.shape)}")
+        _check_channels("student", student, self.adapter.out_channels)
+        _check_channels("teacher", teacher, self.adapter.in_channels)
         if self.detach_teacher:
             teacher = teacher.detach()
         teacher = self.adapter(teacher)  # (N, C_s, h, w)
@@ -340,3 +354,69 @@ class SelfDistillationLoss(nn.Module):
         if self.normalize:
             student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
         return F.mse_loss(student, teacher)
+
+
+class AuxiliaryClassifierLoss(_TwoTermLoss):
+    r"""Cross-entropy plus that of a linear classifier on the early features.
+
+    The classifier sees the mean of the student features over height and width, and learns from the
+    labels and, if `soft` is above 0, from the network's own output:
+
+    .. math::
+        L = (1 - \alpha) \, \mathrm{CE}(\mathrm{logits}, \mathrm{labels})
+            + \alpha \, [(1 - s) \, \mathrm{CE}(a, \mathrm{labels})
+            + s \, \tau^2 \, \mathrm{KL}(\mathrm{softmax}(\mathrm{logits} / \tau) \,\|\,
+            \mathrm{softmax}(a / \tau))]
+
+    No gradient flows from the second term into the logits. With soft at 0 this is deep supervision
+    (Lee et al., Deeply-Supervised Nets, arXiv:1409.5185); above, the loss of Zhang et al., Be Your
+    Own Teacher, arXiv:1905.08094, for one shallow classifier and without its hints.
+
+    Args:
+        num_classes: outputs of the classifier.
+        alpha: weight of the second term, in [0, 1]. Default: 0.5
+        student_channels: channels of the student features. Default: 128 (ResNet18's layer2)
+        soft: share *s* of the network's own output in the second term, in [0, 1]; Be Your Own
+            Teacher has 0.3. Default: 0.0
+        temperature: :math:`\tau`, above 0. Default: 3.0
+        label_smoothing: of both cross-entropies, in [0, 1]. Default: 0.0
+
+    Shape:
+        - student_logits: (N, num_classes); labels: (N)
+        - student_intermediate: (N, student_channels, H, W)
+        - teacher_intermediate: not used; here for the same call as `SelfDistillationLoss`
+        - returns a scalar
+
+    Raises:
+        ValueError: an argument, or the number of channels of the features, is out of range.
+
+    Example:
+        >>> criterion = AuxiliaryClassifierLoss(num_classes=10)
+        >>> logits, labels = torch.randn(2, 10, requires_grad=True), torch.tensor([3, 7])
+        >>> criterion(logits, labels, torch.randn(2, 128, 28, 28)).shape
+        torch.Size([])
+    """
+
+    def __init__(self, num_classes: int, alpha: float = 0.5, student_channels: int = 128,
+                 soft: float = 0.0, temperature: float = 3.0, label_smoothing: float = 0.0) -> None:
+        super().__init__(alpha, label_smoothing, num_classes=num_classes,
+                         student_channels=student_channels)
+        if not 0 <= soft <= 1:
+            raise ValueError(f"soft must lie in [0, 1], got {soft}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.soft = soft
+        self.temperature = temperature
+        self.classifier = nn.Linear(student_channels, num_classes)
+
+    def distillation(self, logits: Tensor, labels: Tensor, student: Tensor,
+                     teacher: Tensor | None = None) -> Tensor:
+        """The loss of the early classifier, a scalar."""
+        _check_channels("student", student, self.classifier.in_features)
+        early = self.classifier(student.mean(dim=(2, 3)))  # (N, K)
+        hard = self.cross_entropy(early, labels)
+        if not self.soft:
+            return hard
+        kl = F.kl_div((early / self.temperature).log_softmax(dim=1),
+                      (logits.detach() / self.temperature).softmax(dim=1), reduction="batchmean")
+        return (1 - self.soft) * hard + self.soft * self.temperature ** 2 * kl

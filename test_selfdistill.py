@@ -45,8 +45,8 @@ from torchvision.transforms.v2 import functional
 import evaluate
 import selfdistill
 import train
-from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss,
-                         hooked_resnet18, train_transform, val_transform)
+from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, AuxiliaryClassifierLoss, HookedModel,
+                         SelfDistillationLoss, hooked_resnet18, train_transform, val_transform)
 
 HERE = Path(__file__).resolve().parent
 
@@ -437,7 +437,7 @@ class LossTest(unittest.TestCase):
             model = hooked_resnet18(10, "none")
             criterion = SelfDistillationLoss(detach_teacher=detach)
             _, student, teacher = model(torch.randn(2, 3, 64, 64))
-            criterion.distillation(student, teacher).backward()
+            criterion.distillation(None, None, student, teacher).backward()
             self.assertGreater(model.model.layer2[1].conv1.weight.grad.abs().max(), 0)
             self.assertEqual(model.model.layer4[1].conv1.weight.grad is None, detach)
 
@@ -455,6 +455,58 @@ class LossTest(unittest.TestCase):
             criterion(self.logits, self.labels, self.student, self.student)
         with self.assertRaisesRegex(ValueError, "student features"):
             criterion(self.logits, self.labels, self.student[0], self.teacher)
+
+
+class AuxiliaryClassifierLossTest(unittest.TestCase):
+    """One student channel of mean 3, and a classifier that makes of it (0, ln 3), which gives the
+    right class 3/4; the network's own logits give it 1/2, so its cross-entropy is ln 2."""
+
+    def loss_of(self, **options: float) -> torch.Tensor:
+        criterion = AuxiliaryClassifierLoss(num_classes=2, student_channels=1, **options)
+        with torch.no_grad():
+            criterion.classifier.weight.copy_(torch.tensor([[0.0], [math.log(3.0) / 3]]))
+            criterion.classifier.bias.zero_()
+        self.student = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]], requires_grad=True)
+        self.logits = torch.zeros(1, 2, requires_grad=True)
+        self.criterion = criterion
+        return criterion(self.logits, torch.tensor([1]), self.student)
+
+    def test_the_cross_entropies_are_weighted_by_alpha(self) -> None:
+        for alpha, expected in ((0.0, 0.6931472), (0.25, 0.5917809), (1.0, 0.2876821)):
+            assert_close(self.loss_of(alpha=alpha), torch.tensor(expected))
+
+    def test_the_soft_part_is_the_divergence_from_the_networks_own_output(self) -> None:
+        # (1/2, 1/2) against (1/4, 3/4): (ln 2) / 2 + (ln 2/3) / 2
+        divergence = math.log(2 / 3 ** 0.5)
+        assert_close(self.loss_of(alpha=1.0, soft=1.0, temperature=1.0), torch.tensor(divergence))
+        assert_close(self.loss_of(alpha=1.0, soft=0.25, temperature=1.0),
+                     torch.tensor(0.75 * 0.2876821 + 0.25 * divergence))
+        # At temperature 2 the logits are (0, ln sqrt 3): softmax (1, sqrt 3) / (1 + sqrt 3)
+        odds = 3 ** 0.5
+        divergence = math.log((1 + odds) / 2) - 0.5 * math.log(odds)
+        assert_close(self.loss_of(alpha=1.0, soft=1.0, temperature=2.0),
+                     torch.tensor(4 * divergence))
+
+    def test_the_second_term_moves_the_early_features_and_not_the_logits(self) -> None:
+        for soft in (0.0, 0.5):
+            self.loss_of(alpha=1.0, soft=soft).backward()
+            self.assertEqual(self.logits.grad.abs().max(), 0)
+            self.assertGreater(self.student.grad.abs().min(), 0)
+            self.assertGreater(self.criterion.classifier.weight.grad.abs().max(), 0)
+
+    def test_both_cross_entropies_are_smoothed(self) -> None:
+        # 0.9 of the label's -ln 3/4 and 0.1 of the other's -ln 1/4; ln 2 stays ln 2
+        assert_close(self.loss_of(alpha=0.5, label_smoothing=0.2),
+                     torch.tensor(0.5 * 0.6931472 + 0.5 * 0.3975433))
+
+    def test_a_value_out_of_range_is_refused_and_shown(self) -> None:
+        for options in ({"alpha": 2.0}, {"soft": -0.1}, {"temperature": 0.0}, {"num_classes": 0},
+                        {"student_channels": 0}):
+            (name, value), = options.items()
+            with self.assertRaisesRegex(ValueError, f"{name} must .*{re.escape(str(value))}"):
+                AuxiliaryClassifierLoss(**({"num_classes": 10} | options))
+        with self.assertRaisesRegex(ValueError, r"student features .*\(N, 128, H, W\)"):
+            AuxiliaryClassifierLoss(10)(torch.zeros(1, 10), torch.tensor([0]), torch.ones(1, 128))
 
 
 class DataTest(TestCase):
@@ -580,10 +632,10 @@ class DataTest(TestCase):
 
 
 class OptimizerTest(unittest.TestCase):
-    def make(self, *flags: str) -> tuple[HookedModel, SelfDistillationLoss, torch.optim.SGD]:
+    def make(self, *flags: str) -> tuple[HookedModel, train.Loss, torch.optim.SGD]:
         args, _ = train.parse_args([*flags, "--data", "somewhere", "--device", "cpu"])
         model = hooked_resnet18(10, "none")
-        criterion = train.make_criterion(args, model)
+        criterion = train.make_criterion(args, model, 10)
         return model, criterion, train.make_optimizer(args, model, criterion)
 
     def test_the_tuned_recipe_trains_everything_and_decays_no_bias_or_norm(self) -> None:
@@ -598,7 +650,7 @@ class OptimizerTest(unittest.TestCase):
                                     (model.model.bn1.weight, (0.01, 0.0)),
                                     (model.model.fc.weight, (0.01, 5e-4)),
                                     (model.model.fc.bias, (0.01, 0.0)),
-                                    (criterion.adapter.weight, (0.01, 5e-4))):
+                                    (criterion.classifier.weight, (0.01, 5e-4))):
             self.assertEqual(settings[id(parameter)], expected)
 
     def test_the_blog_recipe_is_the_published_one(self) -> None:
@@ -686,7 +738,7 @@ class TrainingTest(TestCase):
         self.assertEqual(self.best["classes"], ["circle", "square", "star"])
         resnet18(num_classes=3).load_state_dict(self.best["model"])
         self.assertEqual({name.split(".")[0] for name in self.last["run"]["criterion"]},
-                         {"adapter"})
+                         {"classifier"})
         self.assertEqual(sorted(path.name for path in self.out.iterdir()),
                          ["best.pt", "last.pt", "log.jsonl"])
 
@@ -731,13 +783,16 @@ class TrainingTest(TestCase):
         other = self.weights_of("--seed", 1)
         self.assertFalse(torch.equal(other["conv1.weight"], expected["conv1.weight"]))
 
-    def test_the_adapter_is_trained_by_tuned_and_left_by_blog(self) -> None:
-        for recipe, trained in (("tuned", True), ("blog", False)):
+    def test_the_early_classifier_is_trained_and_the_published_adapter_is_not(self) -> None:
+        for flags, name, layer, trained in (
+                ((), "classifier.weight", partial(nn.Linear, 128, 3), True),
+                (("--no-distillation",), "classifier.weight", partial(nn.Linear, 128, 3), False),
+                (("--recipe", "blog"), "adapter.weight", partial(nn.Conv2d, 512, 128, 1), False)):
             torch.manual_seed(0)
             hooked_resnet18(3, "none")  # draws on the generator first, as the script does
-            initial = nn.Conv2d(512, 128, kernel_size=1).weight
-            weights = self.weights_of("--recipe", recipe, "--epochs", 1)
-            self.assertEqual(not torch.equal(weights["adapter.weight"], initial), trained)
+            initial = layer().weight
+            weights = self.weights_of(*flags, "--epochs", 1)
+            self.assertEqual(not torch.equal(weights[name], initial), trained)
 
     def test_the_best_epoch_is_the_earlier_of_two_alike(self) -> None:
         model, criterion = hooked_resnet18(2, "none"), SelfDistillationLoss()
@@ -847,10 +902,10 @@ class HealthTest(TestCase):
     def test_the_gradients_are_those_of_the_weighted_terms(self) -> None:
         before = copy.deepcopy(self.model.state_dict())
         ratio = self.health()["gradient_ratio"]
-        assert_close(self.model.state_dict(), before, rtol=0, atol=0)
+        assert_close(self.model.state_dict(), before, rtol=0, atol=0)  # batch norms, too
         norms = []
         for ce_weight, distillation_weight in ((0, 0.25), (0.75, 0)):
-            logits, student, teacher = self.model.eval()(self.images)
+            logits, student, teacher = self.model.train()(self.images)
             student.retain_grad()
             target = self.criterion.adapter(teacher.detach())
             loss = (ce_weight * nn.functional.cross_entropy(logits, self.labels)

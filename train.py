@@ -15,6 +15,7 @@ from evaluate import (DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import io
 import itertools
@@ -45,21 +46,24 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 from torchvision import datasets
 
-from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss,
-                         hooked_resnet18, train_transform, val_transform)
+from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, AuxiliaryClassifierLoss, HookedModel,
+                         SelfDistillationLoss, hooked_resnet18, train_transform, val_transform)
 
 # What --recipe chooses. Of these alpha, batch_size and lr are flags too, which override it; lr is
-# for weights given, scratch_lr for random ones.
+# for weights given, scratch_lr for random ones. `soft` is that of the auxiliary classifier's loss.
+TUNED = dict(alpha=0.5, soft=0.0, batch_size=64, lr=0.004, scratch_lr=0.1, one_cycle=True,
+             nesterov=True, weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0),
+             fit_classifier=True)
 RECIPES = {
-    "tuned": dict(alpha=0.5, batch_size=64, lr=0.004, scratch_lr=0.1, one_cycle=True,
-                  nesterov=True, weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0),
-                  detach_teacher=True, normalize=True, train_adapter=True, fit_classifier=True),
+    "tuned": TUNED,
+    "byot": TUNED | dict(soft=0.3),
     "blog": dict(alpha=0.5, batch_size=32, lr=0.01, scratch_lr=0.01, one_cycle=False,
                  nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
-                 detach_teacher=False, normalize=False, train_adapter=False, fit_classifier=False),
+                 fit_classifier=False),
 }
 COLLAPSED = 0.02  # the spread of features below which they are nearly alike
 NONE_YET = {"epoch": -1, "val_acc": -1.0}  # the best epoch before there is one
+Loss = AuxiliaryClassifierLoss | SelfDistillationLoss
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
 
 
@@ -370,13 +374,17 @@ def make_model(weights: str, num_classes: int, device: torch.device) -> HookedMo
     return model.to(device, memory_format=torch.channels_last)
 
 
-def make_criterion(args: argparse.Namespace, model: HookedModel) -> SelfDistillationLoss:
+def make_criterion(args: argparse.Namespace, model: HookedModel, num_classes: int) -> Loss:
     recipe = RECIPES[args.recipe]
-    criterion = SelfDistillationLoss(
-        args.alpha, *model.feature_channels(), detach_teacher=recipe["detach_teacher"],
-        normalize=recipe["normalize"], label_smoothing=recipe["label_smoothing"])
-    criterion.adapter.requires_grad_(recipe["train_adapter"] and args.distillation)
-    return criterion
+    student_channels, teacher_channels = model.feature_channels()
+    if args.recipe == "blog":
+        criterion = SelfDistillationLoss(args.alpha, student_channels, teacher_channels)
+    else:
+        criterion = AuxiliaryClassifierLoss(num_classes, args.alpha, student_channels,
+                                            recipe["soft"],
+                                            label_smoothing=recipe["label_smoothing"])
+    # The published adapter is never trained; without distillation, nothing of the loss is.
+    return criterion.requires_grad_(args.recipe != "blog" and args.distillation)
 
 
 class Distiller(nn.Module):
@@ -391,7 +399,7 @@ class Distiller(nn.Module):
           fp32 whatever the precision
     """
 
-    def __init__(self, model: HookedModel, criterion: SelfDistillationLoss, precision: str,
+    def __init__(self, model: HookedModel, criterion: Loss, precision: str,
                  distill: bool = True) -> None:
         super().__init__()
         self.model, self.criterion = model, criterion
@@ -407,7 +415,7 @@ class Distiller(nn.Module):
 
 
 def make_optimizer(args: argparse.Namespace, model: HookedModel,
-                   criterion: SelfDistillationLoss) -> SGD:
+                   criterion: Loss) -> SGD:
     """SGD, with no decay of biases and norms."""
     recipe = RECIPES[args.recipe]
     parameters = [parameter for parameter in [*model.parameters(), *criterion.parameters()]
@@ -438,7 +446,7 @@ class Run:
     PARTS = ("criterion", "optimizer", "scheduler", "scaler")
     FIGURES = ("epoch", "batch", "totals", "seconds", "log", "best")
 
-    def __init__(self, model: HookedModel, criterion: SelfDistillationLoss, optimizer: SGD,
+    def __init__(self, model: HookedModel, criterion: Loss, optimizer: SGD,
                  scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.scheduler, self.scaler = scheduler, scaler
@@ -714,13 +722,13 @@ def health(run: Run, data: Data, seed: int) -> dict[str, float]:
 
     The ratio of its gradient to that of the cross-entropy, both as weighted in the loss, with
     respect to the student features; then, of the student and the teacher features, what
-    `norm_and_spread` tells. In eval mode, so that nothing of the run changes.
+    `norm_and_spread` tells. A copy of the network is used, so that nothing of the run changes.
     """
     count = len(data.train_set)
     chosen = torch.linspace(0, count - 1, min(32, count)).long().tolist()
     items = [data.train_loader.dataset[index, mix(seed, run.epoch)] for index in chosen]
     images, labels = to_device(*default_collate(items), run.device)
-    logits, student, teacher = run.model.eval()(images)
+    logits, student, teacher = copy.deepcopy(run.model).train()(images)
     zero = torch.zeros((), device=run.device)
     ce, distillation = run.criterion.terms(logits, labels, student, teacher)
     ce, distillation = (torch.autograd.grad(term, student, retain_graph=True)[0].norm().item()
@@ -960,7 +968,7 @@ def make_run(args: argparse.Namespace, device: torch.device, data: Data, resumed
     """A run at its start; one to be resumed needs no initial weights."""
     torch.manual_seed(args.seed)
     model = make_model("none" if resumed else args.weights, len(data.classes), device)
-    criterion = make_criterion(args, model).to(device)
+    criterion = make_criterion(args, model, len(data.classes)).to(device)
     optimizer = make_optimizer(args, model, criterion)
     scheduler = make_scheduler(optimizer, RECIPES[args.recipe]["one_cycle"],
                                args.epochs * len(data.train_loader))
