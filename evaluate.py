@@ -30,9 +30,11 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torch.fx.experimental.optimization import fuse
 from torch.utils.data import DataLoader
 from torchvision import datasets, models
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from selfdistill import load_tensors, normalize, to_rgb, val_transform
@@ -281,6 +283,36 @@ def build_model(checkpoint: dict, path: str | Path) -> nn.Module:
     return model.eval()
 
 
+class EarlyExit(nn.Module):
+    """A network up to one of its layers, and a classifier of that layer's mean over the image.
+
+    Shape: images (N, 3, H, W) -> logits (N, K)
+    """
+
+    def __init__(self, model: nn.Module, layer: str, classifier: nn.Linear) -> None:
+        super().__init__()
+        self.extractor = create_feature_extractor(model, {layer: "features"})
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.extractor(images)["features"].mean(dim=(2, 3)))
+
+
+def build_exits(model: nn.Module, checkpoint: dict, path: str | Path) -> dict[str, nn.Module]:
+    """The smaller networks that a checkpoint also holds, by the layers that they end with."""
+    exits = {}
+    try:
+        for layer, state in checkpoint.get("exits", {}).items():
+            classifier = nn.Linear(state["weight"].shape[1], len(checkpoint["classes"]))
+            classifier.load_state_dict(state)
+            # Traced, as a copy of what create_feature_extractor returns falls back to train mode.
+            exits[layer] = symbolic_trace(EarlyExit(model, layer, classifier).eval())
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold classifiers of the layers of its network: "
+                        f"{' '.join(str(error).split())[:200]}") from None
+    return exits
+
+
 # The figures
 
 class Predictions(NamedTuple):
@@ -409,6 +441,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a best.pt or last.pt that train.py wrote")
     parser.add_argument("--data", metavar="DIR",
                         help="folder with val/ in it (default: the one trained on)")
+    parser.add_argument("--exit", metavar="LAYER", help="the smaller network that ends with this "
+                        "layer (default: the whole one, and a line for each smaller one)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE, too")
     parser.add_argument("--batch-size", type=number(int, 1), metavar="N",
                         help="images at a time (default: as in training)")
@@ -426,6 +460,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     checkpoint = read_checkpoint(args.checkpoint)
     model, classes = build_model(checkpoint, args.checkpoint), checkpoint["classes"]
+    exits = build_exits(model, checkpoint, args.checkpoint)
+    if args.exit:
+        if args.exit not in exits:
+            raise UserError(f"{args.checkpoint} has no exit {args.exit}; it has "
+                            f"{listed(list(exits)) or 'none'}")
+        model, exits = exits[args.exit], {}
     device = choose_device(args.device)
     as_trained = "fp32" if checkpoint["args"]["precision"] == "fp32" else "auto"
     precision = choose_precision(args.precision or as_trained, device)
@@ -438,9 +478,18 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{args.checkpoint}: {checkpoint['arch']}, {len(classes)} classes, "
           f"epoch {checkpoint['epoch']}, {checkpoint['size']} px, {precision} on {device}")
     print(f"{folder}: {len(dataset)} images")
-    model.to(device, memory_format=torch.channels_last)
-    summary = summarize(predict(model, loader, device, precision), classes)
+
+    def evaluate(network: nn.Module) -> dict:
+        network = network.to(device, memory_format=torch.channels_last)
+        return summarize(predict(network, loader, device, precision), classes)
+
+    summary = evaluate(model)
     print_summary(summary)
+    for layer, network in exits.items():
+        figures = evaluate(network)
+        summary.setdefault("exits", {})[layer] = figures
+        print(f"exit {layer}: top-1 {figures['top1']:.4f}  "
+              f"{figures['images_per_second']:.1f} images/s")
     if args.json:
         write_file(args.json, json.dumps(summary, indent=2).encode())
 

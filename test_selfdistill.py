@@ -734,7 +734,7 @@ class TrainingTest(TestCase):
         self.assertEqual({key: type(self.best[key]) for key in self.best},
                          {"model": type(resnet18().state_dict()), "arch": str, "classes": list,
                           "size": int, "mean": list, "std": list, "epoch": int, "val_acc": float,
-                          "data": str, "args": dict})
+                          "data": str, "args": dict, "exits": dict})
         self.assertEqual(self.best["classes"], ["circle", "square", "star"])
         resnet18(num_classes=3).load_state_dict(self.best["model"])
         self.assertEqual({name.split(".")[0] for name in self.last["run"]["criterion"]},
@@ -1561,6 +1561,35 @@ class EvaluationTest(TestCase):
             result = evaluate.predict(nn.Flatten(), batches, torch.device("cpu"), "fp32")
         assert_close(result.losses, torch.tensor([0.2876821, 1.3862944, 1.3862944]))
         self.assertEqual(result.correct.tolist(), [True, False, False])
+
+    def test_an_exit_is_the_network_up_to_its_layer_with_the_classifier_trained_on_it(self) -> None:
+        checkpoint = checkpoint_of(write_images(self.folder / "images"))
+        torch.manual_seed(0)
+        classifier = nn.Linear(128, 3)
+        checkpoint["exits"] = {"layer2.1": classifier.state_dict()}
+        torch.save(checkpoint, self.folder / "best.pt")
+        printed = run(evaluate.main, self.folder / "best.pt", "--json", self.folder / "both.json")
+        run(evaluate.main, self.folder / "best.pt", "--exit", "layer2.1", "--json",
+            self.folder / "exit.json")
+        both, early = (json.loads((self.folder / name).read_text())
+                       for name in ("both.json", "exit.json"))
+        self.assertEqual(both["exits"]["layer2.1"]["loss"], early["loss"])
+        self.assertIn(f"exit layer2.1: top-1 {early['top1']:.4f}", printed)
+
+        model = evaluate.build_model(checkpoint, "best.pt")
+        exits = evaluate.build_exits(model, checkpoint, "best.pt")
+        images = torch.randn(2, 3, 64, 64)
+        with HookedModel(model) as hooked, torch.no_grad():
+            _, student, _ = hooked(images)
+            assert_close(exits["layer2.1"](images), classifier(student.mean(dim=(2, 3))))
+        names = {name for name, _ in exits["layer2.1"].named_parameters()}
+        self.assertFalse([name for name in names if "layer3" in name or "layer4" in name])
+        self.assertIn("has no exit layer3.1; it has layer2.1",
+                      self.error_of(evaluate.main, self.folder / "best.pt", "--exit", "layer3.1"))
+        for exits in ({"layer9": classifier.state_dict()}, {"layer2.1": {}}, {"layer2.1": 3}):
+            torch.save(checkpoint | {"exits": exits}, self.folder / "best.pt")
+            self.assertIn("does not hold classifiers",
+                          self.error_of(evaluate.main, self.folder / "best.pt"))
 
     def test_folded_batch_norms_change_no_output(self) -> None:
         torch.manual_seed(0)

@@ -575,6 +575,9 @@ class Checkpointer:
                       "std": list(IMAGENET_STD), "epoch": run.epoch,
                       "val_acc": max(0.0, (run.log or [run.best])[-1]["val_acc"]),
                       "data": args.data, "args": settings}
+        if args.distillation and isinstance(run.criterion, AuxiliaryClassifierLoss):
+            layer = run.model.layer_names[0]
+            checkpoint["exits"] = {layer: run.criterion.classifier.state_dict()}
         if (run.epoch, run.batch) == (run.best["epoch"], 0):
             write_checkpoint(Path(args.out, "best.pt"), checkpoint)
         state = run.state_dict() | {"data": self.data.fingerprints}
