@@ -1,23 +1,24 @@
-"""Self-distillation in one file: a network's deep features guide its own early ones.
+"""Self-distillation in one file: a network's early layers learn beside its deep ones.
 
-The deep feature map (the teacher) goes through a 1x1 convolution, and an early feature map
-(the student) is resized to it; their distance is a second term beside the cross-entropy:
+There is no second network: a hook takes an early and a deep feature map (the student's and the
+teacher's) out of the one that is trained, for ResNet18 the outputs of layer2 and layer4. The loss
+has a second term beside the cross-entropy, in one of two forms:
 
-    loss = alpha * MSE(resize(student), conv1x1(teacher)) + (1 - alpha) * CE(logits, labels)
+    loss = (1 - alpha) * CE(logits, labels) + alpha * MSE(resize(student), conv1x1(teacher))
+    loss = (1 - alpha) * CE(logits, labels) + alpha * CE(linear(mean(student)), labels)
 
-There is no second network: both feature maps come from the one that is trained, for ResNet18 the
-outputs of layer2 and layer4. Copy this file into a project of your own; it needs only torch and
-torchvision:
+The first, `SelfDistillationLoss`, is the hint of Romero et al., FitNets, arXiv:1412.6550, equation
+3, within one network; in the second, `AuxiliaryClassifierLoss`, the network's own output can teach
+the early classifier too, as in Zhang et al., Be Your Own Teacher, arXiv:1905.08094. Copy this file
+into a project of your own; it needs only torch and torchvision:
 
     model = hooked_resnet18(num_classes=10)
-    criterion = SelfDistillationLoss(alpha=0.5, detach_teacher=True)
+    criterion = AuxiliaryClassifierLoss(num_classes=10)
     logits, student, teacher = model(images)
     loss = criterion(logits, labels, student, teacher)
 
-Give the parameters of both, `model` and `criterion`, to the optimiser: the 1x1 convolution is
-trained too. The idea of teaching a network's shallow layers by its deep ones is that of Zhang et
-al., Be Your Own Teacher, arXiv:1905.08094; the distance between feature maps through a learned
-projection is the hint of Romero et al., FitNets, arXiv:1412.6550, equation 3.
+Give the parameters of both, `model` and `criterion`, to the optimiser: the 1x1 convolution or the
+early classifier is trained too.
 """
 import difflib
 import os

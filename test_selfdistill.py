@@ -1003,7 +1003,8 @@ class ComparisonTest(TestCase):
 
     def test_the_gain_of_three_pairs_by_hand(self) -> None:
         def verdict_of(*differences: float) -> tuple[dict, str]:
-            figures = train.gain([{"seed": k, "distillation": 0.5 + difference, "control": 0.5}
+            figures = train.gain([{"seed": k, "distillation": 0.5 + difference, "control": 0.5,
+                                   "difference": difference}
                                   for k, difference in enumerate(differences)])
             return figures, run(lambda _: train.print_gain(figures)).splitlines()[-1]
 

@@ -681,7 +681,7 @@ def fit_classifier(run: Run, data: Data, args: argparse.Namespace,
     Features and Underperform Out-of-Distribution, arXiv:2202.10054. Some of the train images do,
     seen as in validation.
     """
-    count = min(len(data.train_set), 100 * len(data.classes), 20_000)
+    count = min(len(data.train_set), 400 * len(data.classes), 20_000)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(data.train_set), generator=generator)[:count].tolist()
     loader = make_loader(Subset(data.train_set, chosen[rank()::world_size()]), run.device,
@@ -1069,8 +1069,8 @@ def compare(arguments: list[str]) -> int:
             if code:
                 print("the comparison itself goes on with its own command and --resume")
                 return code
-            pair[arm] = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["val_acc"]
-        pairs.append(pair)
+            pair[arm] = from_first(last_accuracy, folder)
+        pairs.append(pair | {"difference": pair["distillation"] - pair["control"]})
     if rank() == 0:
         figures = gain(pairs)
         write_file(out / "compare.json", json.dumps(figures, indent=2).encode())
@@ -1078,16 +1078,19 @@ def compare(arguments: list[str]) -> int:
     return 0
 
 
+def last_accuracy(out: Path) -> float:
+    """The val accuracy of the last epoch of a run."""
+    return json.loads((out / "log.jsonl").read_text().splitlines()[-1])["val_acc"]
+
+
 def gain(pairs: list[dict]) -> dict:
     """The figures of paired runs: mean, deviation, and the 95 % t-interval of the difference."""
     figures = {"pairs": pairs}
-    differences = [pair["distillation"] - pair["control"] for pair in pairs]
-    for name, values in (("distillation", [pair["distillation"] for pair in pairs]),
-                         ("control", [pair["control"] for pair in pairs]),
-                         ("difference", differences)):
+    for name in ("distillation", "control", "difference"):
+        values = [pair[name] for pair in pairs]
         figures[name] = {"mean": statistics.mean(values), "deviation": statistics.stdev(values)}
-    half = t_quantile(len(pairs) - 1) * statistics.stdev(differences) / math.sqrt(len(pairs))
-    mean = figures["difference"]["mean"]
+    mean, deviation = figures["difference"].values()
+    half = t_quantile(len(pairs) - 1) * deviation / math.sqrt(len(pairs))
     figures["difference"]["interval"] = [mean - half, mean + half]
     return figures
 
@@ -1101,14 +1104,12 @@ def t_quantile(freedom: int) -> float:
 
 
 def print_gain(figures: dict) -> None:
-    print("\nval accuracy after the last epoch\n seed  distillation  control  difference")
+    print("\nval accuracy after the last epoch\n     seed  distillation  control  difference")
     for pair in figures["pairs"]:
-        difference = pair["distillation"] - pair["control"]
-        print(f"{pair['seed']:5d}  {pair['distillation']:12.4f}  {pair['control']:7.4f}  "
-              f"{difference:+10.4f}")
+        print("{seed:9}  {distillation:12.4f}  {control:7.4f}  {difference:+10.4f}".format(**pair))
     for name in ("mean", "deviation"):
-        print(f"{name:9}  {figures['distillation'][name]:8.4f}  {figures['control'][name]:7.4f}  "
-              f"{figures['difference'][name]:+10.4f}")
+        row = [figures[column][name] for column in ("distillation", "control", "difference")]
+        print("{:9}  {:12.4f}  {:7.4f}  {:+10.4f}".format(name, *row))
     low, high = figures["difference"]["interval"]
     verdict = ("distillation helps" if low > 0 else "distillation hurts" if high < 0 else
                "whether distillation helps or hurts cannot be told")
