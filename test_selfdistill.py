@@ -1168,7 +1168,7 @@ class ResumeTest(TestCase):
                 printed = run(train.main, "--out", self.folder / "out", "--resume")
         self.assertIn("resumed    after 1 epochs and 1 batches of the next", printed)
         read = [path for (path,), _ in load.call_args_list if "/train/" in path]
-        self.assertEqual(len(read), 18 - 6)
+        self.assertEqual(len(read), 18 - 6 + 18)  # the rest of the epoch, then those of `health`
         self.assert_same_run(self.folder / "out", self.folder / "expected")
 
     def test_a_run_stopped_while_it_validates_goes_on_there(self) -> None:
