@@ -1049,9 +1049,8 @@ def fine_tune(arguments: list[str]) -> int:
     return 0
 
 
-def compare(arguments: list[str]) -> int:
+def compare(args: argparse.Namespace, arguments: list[str]) -> int:
     """Train pairs of runs as the command line asks, and tell what distillation gains."""
-    args = make_parser().parse_args(arguments)
     if args.resume not in (None, "", "auto") or not args.distillation or args.alpha == 0:
         raise UserError("--compare trains with distillation and without, in the folder compare in "
                         "--out: it takes no --no-distillation, no --alpha 0 and no FILE to resume")
@@ -1120,8 +1119,8 @@ def print_gain(figures: dict) -> None:
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     with process_group():
-        compares = make_parser().parse_args(arguments).compare is not None
-        code = (compare if compares else fine_tune)(arguments)
+        args = make_parser().parse_args(arguments)
+        code = compare(args, arguments) if args.compare else fine_tune(arguments)
     if code:
         sys.exit(code)
 
