@@ -17,11 +17,17 @@ except (ImportError, RuntimeError) as error:  # a torchvision built for another 
              f"together ({error}): pip install --upgrade -r requirements.txt")
 
 import argparse
+import contextlib
+import csv
+import io
 import json
 import math
 import os
 import signal
+import tempfile
+import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -32,7 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 from torch.fx.experimental.optimization import fuse
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, models
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -70,9 +76,9 @@ def load_image(path: str) -> Tensor:
         with Image.open(path) as image:
             return pil_to_tensor(to_rgb(image))
     except Exception as error:  # a damaged file can raise nearly anything
-        reason = str(error).replace(repr(path), "the file") or type(error).__name__
-        raise UnreadableImage(f"cannot read the image {path}: {reason} (--skip-unreadable leaves "
-                              "such images out)") from None
+        reason = (getattr(error, "strerror", None) or str(error).replace(repr(path), "the file")
+                  or type(error).__name__)
+        raise UnreadableImage(f"cannot read the image {path}: {reason}") from None
 
 
 def is_readable(path: str) -> bool:
@@ -152,6 +158,42 @@ class ImageFolder(datasets.ImageFolder):
                             f"{listed([self.classes[label] for label in emptied])}")
 
 
+class Pictures(Dataset):
+    """Images by path; of one that cannot be read, black instead and the reason, which else is "".
+
+    Args:
+        paths: of the images.
+        transform: uint8 tensor (3, H, W) -> uint8 tensor (3, size, size).
+        size: in pixels.
+    """
+
+    def __init__(self, paths: list[str], transform: Callable, size: int) -> None:
+        self.paths, self.transform, self.size = paths, transform, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        try:
+            return self.transform(load_image(self.paths[index])).permute(1, 2, 0), ""
+        except UnreadableImage as error:
+            return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), str(error)
+
+
+def find_images(paths: list[str]) -> list[str]:
+    """The files named, and those with the suffix of an image in the folders named, by name."""
+    found = []
+    for path in paths:
+        inside = [path]
+        if Path(path).is_dir():
+            inside = sorted(str(file) for file in Path(path).rglob("*")
+                            if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+            if not inside:
+                raise UserError(f"the folder {path} has no images in it")
+        found += inside
+    return found
+
+
 def listed(names: list[str], most: int = 10) -> str:
     """The first names of a list, for a message."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
@@ -183,17 +225,16 @@ def ignore_ctrl_c(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(dataset: ImageFolder, device: torch.device, workers: int, **batching) -> DataLoader:
+def make_loader(dataset: Dataset, device: torch.device, workers: int, **batching) -> DataLoader:
     # The loader's own generator keeps it from drawing on the global random state.
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
                       pin_memory=device.type == "cuda", generator=torch.Generator(),
                       worker_init_fn=ignore_ctrl_c, **batching)
 
 
-def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A loader's batch on the device: images (N, 3, H, W), normalised, in channels_last."""
-    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    return normalize(images), labels.to(device, non_blocking=True)
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    """A loader's images (N, H, W, 3) on the device: (N, 3, H, W), normalised, in channels_last."""
+    return normalize(images.to(device, non_blocking=True).permute(0, 3, 1, 2))
 
 
 # The machine
@@ -277,9 +318,9 @@ def build_model(checkpoint: dict, path: str | Path) -> nn.Module:
         model = models.get_model(checkpoint["arch"], num_classes=len(checkpoint["classes"]))
         model.load_state_dict(checkpoint["model"])
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not hold the weights of a {checkpoint['arch']} with "
-                        f"{len(checkpoint['classes'])} classes: {reason}") from None
+                        f"{len(checkpoint['classes'])} classes: "
+                        f"{textwrap.shorten(str(error), 200)}") from None
     return model.eval()
 
 
@@ -309,8 +350,62 @@ def build_exits(model: nn.Module, checkpoint: dict, path: str | Path) -> dict[st
             exits[layer] = symbolic_trace(EarlyExit(model, layer, classifier).eval())
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} does not hold classifiers of the layers of its network: "
-                        f"{' '.join(str(error).split())[:200]}") from None
+                        f"{textwrap.shorten(str(error), 200)}") from None
     return exits
+
+
+SUFFIXES = (".pt2", ".onnx", ".pth")
+
+
+def export(model: nn.Module, checkpoint: dict, path: Path, images: Tensor) -> float:
+    """Write a network in the format of a suffix, once it has been read again and compared.
+
+    Args:
+        model: in eval mode, on the CPU.
+        checkpoint: whose classes, size, mean and std go into the file, but for a .pth.
+        path: ends in one of SUFFIXES.
+        images: to compare outputs on, normalised: (N, 3, H, W), at least 2.
+
+    Returns: the largest difference of a logit.
+    """
+    metadata = {key: json.dumps(checkpoint[key])
+                for key in ("arch", "classes", "size", "mean", "std")}
+    dynamic = ({0: torch.export.Dim("batch")},)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"network{path.suffix}")
+        if path.suffix == ".pth":
+            torch.save(model.state_dict(), file)
+            found = build_model(checkpoint | {"model": load_tensors(file)}, path)(images)
+        elif path.suffix == ".pt2":
+            program = torch.export.export(model, (images[:2],), dynamic_shapes=dynamic)
+            torch.export.save(program, file, extra_files=metadata)
+            found = torch.export.load(file).module()(images)
+        else:
+            found = export_onnx(model, images, dynamic, metadata, file)
+        difference = (found - model(images)).abs().max().item()
+        if not difference <= 1e-4:
+            raise UserError(f"{path} is not written: its outputs would differ from the network's "
+                            f"by up to {difference:.2g}")
+        write_file(path, file.read_bytes())
+    return difference
+
+
+def export_onnx(model: nn.Module, images: Tensor, dynamic: tuple, metadata: dict[str, str],
+                file: Path) -> Tensor:
+    """Write a network as ONNX; returns what ONNX's own evaluator then makes of the images."""
+    try:
+        import onnx.reference
+        import onnxscript  # noqa: F401, what torch.onnx needs
+    except ImportError as error:
+        raise UserError(f"a .onnx needs the packages onnx and onnxscript ({error}): pip install "
+                        "onnx onnxscript") from None
+    with contextlib.redirect_stdout(io.StringIO()):
+        program = torch.onnx.export(model, (images[:2],), dynamo=True, dynamic_shapes=dynamic,
+                                    input_names=["images"], output_names=["logits"])
+    program.model.metadata_props.update(metadata)
+    program.save(file)
+    logits, = onnx.reference.ReferenceEvaluator(str(file)).run(None, {"images": images.numpy()})
+    return torch.from_numpy(logits)
 
 
 # The figures
@@ -320,7 +415,12 @@ class Predictions(NamedTuple):
     labels: Tensor  # (N) int64
     losses: Tensor  # (N) float32, cross-entropy in nats
     top: Tensor  # (N, min(5, K)) int64, the best classes, best first
+    probabilities: Tensor  # (N, min(5, K)) float32, of these
     seconds: float
+
+    @property
+    def confidences(self) -> Tensor:
+        return self.probabilities[:, 0].double()  # (N)
 
     @property
     def correct(self) -> Tensor:
@@ -328,15 +428,19 @@ class Predictions(NamedTuple):
 
 
 @torch.inference_mode()
-def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device,
-            precision: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a network makes of a loader's batches, in fp32: logits (N, K); and their labels (N)."""
-    model = fuse(model.eval())  # a copy, with batch norms folded into the convolutions before them
-    for images, labels in batches:
-        images, labels = to_device(images, labels, device)
+def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, object]], device: torch.device,
+            precision: str) -> Iterator[tuple[Tensor, object]]:
+    """What a network makes of a loader's images, logits (N, K) in fp32; and what came with them."""
+    model = fold_batch_norms(model.eval())
+    for images, others in batches:
         with autocast(device, precision):
-            logits = model(images)
-        yield logits.float(), labels
+            logits = model(to_device(images, device))
+        yield logits.float(), others
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """A copy of a network in eval mode, with batch norms folded into the convolutions before."""
+    return fuse(model)
 
 
 def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device,
@@ -349,11 +453,37 @@ def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: 
     start = time.perf_counter()
     parts = []
     for logits, labels in outputs(model, batches, device, precision):
+        labels = labels.to(device, non_blocking=True)
         losses = F.cross_entropy(logits, labels, reduction="none")
-        parts.append((labels, losses, logits.topk(min(5, logits.shape[1])).indices))
+        probabilities, top = best_classes(logits)
+        parts.append((labels, losses, top, probabilities))
     parts = gather([[column.cpu() for column in part] for part in parts])
-    labels, losses, top = (torch.cat(columns) for columns in zip(*parts))
-    return Predictions(labels, losses, top, time.perf_counter() - start)
+    return Predictions(*map(torch.cat, zip(*parts)), time.perf_counter() - start)
+
+
+def predict_images(model: nn.Module, pictures: Pictures, loader: Iterable, classes: list[str],
+                   device: torch.device, precision: str) -> list[dict]:
+    """The best classes of each picture, or why it cannot be read; also printed, a line each."""
+    results = []
+    for logits, errors in outputs(model, watched(loader, len(pictures)), device, precision):
+        probabilities, top = best_classes(logits)
+        for error, *row in zip(errors, probabilities.tolist(), top.tolist()):
+            result = {"path": pictures.paths[len(results)]}
+            if error:
+                result["error"] = error
+            else:
+                result["classes"] = [{"class": classes[position], "probability": probability}
+                                     for probability, position in zip(*row)]
+            results.append(result)
+            best = ", ".join("{class} {probability:.4f}".format(**guess)
+                             for guess in result.get("classes", []))
+            print(f"{CLEAR if sys.stdout.isatty() else ''}{error or result['path'] + ': ' + best}")
+    return results
+
+
+def best_classes(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and positions of up to five classes, best first: (N, min(5, K)) each."""
+    return logits.softmax(dim=1).topk(min(5, logits.shape[1]))
 
 
 def summarize(predictions: Predictions, classes: list[str]) -> dict:
@@ -362,13 +492,52 @@ def summarize(predictions: Predictions, classes: list[str]) -> dict:
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     rights = torch.bincount(labels[correct], minlength=len(classes)).tolist()
     in_top5 = (predictions.top == labels[:, None]).any(dim=1)
-    return {"top1": correct.sum().item() / count,
+    mistakes = Counter(zip(labels[~correct].tolist(), predictions.top[~correct, 0].tolist()))
+    shares, confidences, accuracies = calibrate(predictions)
+    return {"top1": sum(rights) / count,
+            "top1_interval": wilson_interval(sum(rights), count),
             "top5": in_top5.sum().item() / count if len(classes) > 5 else None,
             "loss": predictions.losses.double().mean().item(),
             "count": count,
             "per_class": {name: {"count": counts[position], "correct": rights[position]}
                           for position, name in enumerate(classes) if counts[position]},
+            "most_confused": [{"label": classes[label], "prediction": classes[prediction],
+                               "count": times}
+                              for (label, prediction), times in mistakes.most_common(5)],
+            "calibration_error": (shares * (confidences - accuracies).abs()).sum().item(),
+            "confidence_when_right": mean_or_none(predictions.confidences[correct]),
+            "confidence_when_wrong": mean_or_none(predictions.confidences[~correct]),
             "images_per_second": count / predictions.seconds}
+
+
+def calibrate(predictions: Predictions, bins: int = 15) -> Tensor:
+    """Shares of the images, mean confidences and accuracies by confidence, (3, bins).
+
+    Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599, section 2; a bin without
+    images has nought of each.
+    """
+    confidences = predictions.confidences
+    positions = (confidences * bins).ceil().long().clamp(1, bins) - 1
+    counts, *sums = (torch.bincount(positions, weights, bins) for weights in
+                     (torch.ones_like(confidences), confidences, predictions.correct.double()))
+    return torch.stack([counts / len(positions), *(sum / counts.clamp(min=1) for sum in sums)])
+
+
+def wilson_interval(rights: int, count: int, z: float = 1.959964) -> list[float]:
+    """Wilson's 95 % score interval of a proportion."""
+    centre = rights + z ** 2 / 2
+    spread = z * math.sqrt(rights * (count - rights) / count + z ** 2 / 4)
+    return [(centre - spread) / (count + z ** 2), (centre + spread) / (count + z ** 2)]
+
+
+def confusion_matrix(predictions: Predictions, classes: int) -> Tensor:
+    """Images by label (rows) and prediction (columns): (classes, classes)."""
+    cells = predictions.labels * classes + predictions.top[:, 0]
+    return torch.bincount(cells, minlength=classes ** 2).view(classes, classes)
+
+
+def mean_or_none(values: Tensor) -> float | None:
+    return values.mean().item() if len(values) else None
 
 
 def print_summary(summary: dict) -> None:
@@ -378,11 +547,50 @@ def print_summary(summary: dict) -> None:
         accuracy = row["correct"] / row["count"]
         print(f"{name:{width}}  {accuracy:8.4f}  {row['correct']:7d}  {row['count']:5d}")
     top5 = "" if summary["top5"] is None else f"  top-5 {summary['top5']:.4f}"
-    print(f"top-1 {summary['top1']:.4f}{top5}  loss {summary['loss']:.4f}  "
-          f"{summary['count']} images  {summary['images_per_second']:.1f} images/s")
+    low, high = summary["top1_interval"]
+    print(f"top-1 {summary['top1']:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}  "
+          f"loss {summary['loss']:.4f}  {summary['count']} images  "
+          f"{summary['images_per_second']:.1f} images/s")
+    if summary["most_confused"]:
+        print("most confused: " + "; ".join("{label} taken for {prediction} {count}".format(**pair)
+                                            for pair in summary["most_confused"]))
+    confidences = [f"{summary[f'confidence_when_{which}']:.4f} when {which}"
+                   for which in ("right", "wrong") if summary[f"confidence_when_{which}"]]
+    print(f"mean confidence {', '.join(confidences)}; expected calibration error "
+          f"{summary['calibration_error']:.4f}")
 
 
 # The command line
+
+CLEAR = "\r\033[K"  # a terminal's line
+
+
+def watched(items: Iterable, total: int, what: str = "images",
+            size: Callable[[object], int] = lambda batch: len(batch[0])) -> Iterator:
+    """The items, and on a terminal a line that is rewritten: how many are done, what is left.
+
+    Args:
+        total: the sum of all items' sizes.
+        size: of an item. Default: that of a loader's batch
+    """
+    start, shown, done = time.perf_counter(), 0.0, 0
+    for item in items:
+        yield item
+        done += size(item)
+        now = time.perf_counter()
+        if now - shown >= 0.5 and sys.stdout.isatty():
+            shown, speed = now, done / (now - start)
+            print(f"{CLEAR}{what} {done}/{total}  {speed:.1f} images/s  "
+                  f"{duration((total - done) / speed)} left", end="", flush=True)
+    if shown:
+        print(CLEAR, end="", flush=True)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes
+            else f"{seconds} s")
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
@@ -424,26 +632,54 @@ def write_file(path: str | Path, content: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+def write_json(path: str | Path, figures: dict | list) -> None:
+    write_file(path, json.dumps(figures, indent=2).encode())
+
+
+def write_csv(path: str | Path, rows: Iterable[tuple]) -> None:
+    """Write path, label, prediction and confidence of images as a table."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("path", "label", "prediction", "confidence"), *rows])
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; a user's mistake ends in one line on stderr and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
     try:
         main()
     except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        hint = " (--skip-unreadable leaves such images out)"
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}"
+                 + (hint if isinstance(error, UnreadableImage) else ""))
+    except BrokenPipeError:  # of `evaluate.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="evaluate.py", description="How good a trained classifier is.",
+    parser = Parser(prog="evaluate.py", description="How good a trained classifier is, and where "
+                    "it is wrong; or what it says of other images; or the network, to carry away.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", help="a best.pt or last.pt that train.py wrote")
     parser.add_argument("--data", metavar="DIR",
                         help="folder with val/ in it (default: the one trained on)")
     parser.add_argument("--exit", metavar="LAYER", help="the smaller network that ends with this "
                         "layer (default: the whole one, and a line for each smaller one)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--report", metavar="DIR", help="write report.html there, too: the "
+                         "figures, charts, how training went, and images that it is wrong about")
+    instead.add_argument("--predict", nargs="+", metavar="PATH", help="instead, print the best "
+                         "classes of these images, or of those in these folders")
+    instead.add_argument("--export", metavar="FILE", type=Path, help="instead, write the network: "
+                         "FILE.pt2 (torch.export), FILE.onnx, or FILE.pth (torchvision state dict)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE, too")
+    parser.add_argument("--save-predictions", metavar="FILE", help="write a table (CSV) of path, "
+                        "label, prediction and confidence of each image")
     parser.add_argument("--batch-size", type=number(int, 1), metavar="N",
                         help="images at a time (default: as in training)")
     parser.add_argument("--workers", type=number(int, 0, 1024), metavar="N", default=usable_cores(),
@@ -453,45 +689,115 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...")
     parser.add_argument("--precision", choices=["auto", *DTYPES],
                         help="auto: the fastest here (default: auto, but fp32 if trained in that)")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.export:
+        if args.export.suffix not in SUFFIXES:
+            parser.error(f"--export {args.export} must end in one of {', '.join(SUFFIXES)}")
+        if args.export.suffix == ".pth" and args.exit:
+            parser.error("--export: a .pth is a network of torchvision's, an exit is none: use "
+                         ".pt2 or .onnx")
+        if args.json or args.save_predictions:
+            parser.error("--export makes no predictions: it takes no --json or --save-predictions")
+    return args
+
+
+def choose_machine(args: argparse.Namespace, checkpoint: dict) -> tuple[torch.device, str]:
+    """The device and the precision to compute with."""
+    device = choose_device(args.device)
+    as_trained = "fp32" if checkpoint["args"]["precision"] == "fp32" else "auto"
+    return device, choose_precision(args.precision or as_trained, device)
+
+
+def make_dataset(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
+    """The val images."""
+    dataset = ImageFolder(find_splits(args.data or checkpoint["data"], "val") / "val",
+                          val_transform(checkpoint["size"], normalized=False),
+                          checkpoint["classes"])
+    if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):
+        dataset.leave_out_unreadable(args.workers)
+    return dataset
+
+
+def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
+             exits: dict[str, nn.Module]) -> None:
+    """How good a network is on the val images, and its exits."""
+    classes, dataset = checkpoint["classes"], make_dataset(args, checkpoint)
+    device, precision = choose_machine(args, checkpoint)
+    loader = make_loader(dataset, device, args.workers,
+                         batch_size=args.batch_size or checkpoint["args"]["batch_size"])
+    title = (f"{args.checkpoint}: {checkpoint['arch']}, {len(classes)} classes, "
+             f"epoch {checkpoint['epoch']}, {checkpoint['size']} px, {precision} on {device}")
+    print(title, f"{dataset.root}: {len(dataset)} images", sep="\n")
+
+    def predictions_of(network: nn.Module) -> Predictions:
+        network = network.to(device, memory_format=torch.channels_last)
+        return predict(network, watched(loader, len(dataset)), device, precision)
+
+    predictions = predictions_of(model)
+    summary = summarize(predictions, classes)
+    print_summary(summary)
+    for layer, network in exits.items():
+        figures = summarize(predictions_of(network), classes)
+        summary.setdefault("exits", {})[layer] = figures
+        print(f"exit {layer}: top-1 {figures['top1']:.4f}  "
+              f"{figures['images_per_second']:.1f} images/s")
+    if args.json:
+        matrix = confusion_matrix(predictions, len(classes)).tolist()
+        write_json(args.json, summary | {"classes": classes, "confusion_matrix": matrix})
+    if args.save_predictions:
+        names = [[classes[position] for position in column.tolist()]
+                 for column in (predictions.labels, predictions.top[:, 0])]
+        paths = [path for path, _ in dataset.samples]
+        write_csv(args.save_predictions, zip(paths, *names, predictions.confidences.tolist()))
+
+
+def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) -> None:
+    """What a network says of the images that --predict names."""
+    size = checkpoint["size"]
+    pictures = Pictures(find_images(args.predict), val_transform(size, normalized=False), size)
+    device, precision = choose_machine(args, checkpoint)
+    loader = make_loader(pictures, device, args.workers,
+                         batch_size=args.batch_size or checkpoint["args"]["batch_size"])
+    results = predict_images(model.to(device, memory_format=torch.channels_last), pictures, loader,
+                             checkpoint["classes"], device, precision)
+    if args.json:
+        write_json(args.json, results)
+    if args.save_predictions:
+        write_csv(args.save_predictions,
+                  [(result["path"], "", *result["classes"][0].values()) if "classes" in result
+                   else (result["path"], "", "", "") for result in results])
+    if any("error" in result for result in results):
+        sys.exit(1)
+
+
+def export_checked(args: argparse.Namespace, checkpoint: dict, model: nn.Module) -> None:
+    """Export a network, and tell how its outputs compare on some of the val images."""
+    dataset = make_dataset(args, checkpoint)
+    chosen = torch.linspace(0, len(dataset) - 1, 8).long().tolist()
+    images = torch.stack([dataset[index][0] for index in chosen])
+    difference = export(model, checkpoint, args.export, to_device(images, torch.device("cpu")))
+    size = checkpoint["size"]
+    print(f"{args.export}: {checkpoint['arch']}, {len(checkpoint['classes'])} classes; takes "
+          f"normalised images (N, 3, {size}, {size}); its outputs for {len(images)} val images are "
+          f"the network's, to {difference:.1g}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     checkpoint = read_checkpoint(args.checkpoint)
-    model, classes = build_model(checkpoint, args.checkpoint), checkpoint["classes"]
+    model = build_model(checkpoint, args.checkpoint)
     exits = build_exits(model, checkpoint, args.checkpoint)
     if args.exit:
         if args.exit not in exits:
             raise UserError(f"{args.checkpoint} has no exit {args.exit}; it has "
                             f"{listed(list(exits)) or 'none'}")
         model, exits = exits[args.exit], {}
-    device = choose_device(args.device)
-    as_trained = "fp32" if checkpoint["args"]["precision"] == "fp32" else "auto"
-    precision = choose_precision(args.precision or as_trained, device)
-    folder = find_splits(args.data or checkpoint["data"], "val") / "val"
-    dataset = ImageFolder(folder, val_transform(checkpoint["size"], normalized=False), classes)
-    if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):
-        dataset.leave_out_unreadable(args.workers)
-    loader = make_loader(dataset, device, args.workers,
-                         batch_size=args.batch_size or checkpoint["args"]["batch_size"])
-    print(f"{args.checkpoint}: {checkpoint['arch']}, {len(classes)} classes, "
-          f"epoch {checkpoint['epoch']}, {checkpoint['size']} px, {precision} on {device}")
-    print(f"{folder}: {len(dataset)} images")
-
-    def evaluate(network: nn.Module) -> dict:
-        network = network.to(device, memory_format=torch.channels_last)
-        return summarize(predict(network, loader, device, precision), classes)
-
-    summary = evaluate(model)
-    print_summary(summary)
-    for layer, network in exits.items():
-        figures = evaluate(network)
-        summary.setdefault("exits", {})[layer] = figures
-        print(f"exit {layer}: top-1 {figures['top1']:.4f}  "
-              f"{figures['images_per_second']:.1f} images/s")
-    if args.json:
-        write_file(args.json, json.dumps(summary, indent=2).encode())
+    if args.export:
+        export_checked(args, checkpoint, model)
+    elif args.predict:
+        predict_paths(args, checkpoint, model)
+    else:
+        evaluate(args, checkpoint, model, exits)
 
 
 if __name__ == "__main__":

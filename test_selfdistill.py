@@ -1,8 +1,10 @@
 """The tests: `python -m unittest`, without a network or data from outside."""
 import contextlib
 import copy
+import csv
 import doctest
 import gc
+import importlib.util
 import io
 import json
 import math
@@ -774,7 +776,7 @@ class TrainingTest(TestCase):
         self.assertEqual((figures["top1"], figures["loss"]), (line["val_acc"], line["val_loss"]))
         self.assertEqual(self.best["val_acc"], line["val_acc"])
         self.assertEqual(figures["count"], 9)
-        self.assertIn(f"top-1 {line['val_acc']:.4f}  loss {line['val_loss']:.4f}", printed)
+        self.assertRegex(printed, f"top-1 {line['val_acc']:.4f} .*  loss {line['val_loss']:.4f}")
 
     def test_weights_repeat_bit_for_bit_whatever_the_workers(self) -> None:
         expected = self.last["model"] | self.last["run"]["criterion"]
@@ -805,7 +807,8 @@ class TrainingTest(TestCase):
             progress.seconds = 1.0
             predictions = evaluate.Predictions(
                 labels=torch.tensor([0, 0]), losses=torch.zeros(2),
-                top=torch.tensor([[0, 1]] * right + [[1, 0]] * (2 - right)), seconds=1.0)
+                top=torch.tensor([[0, 1]] * right + [[1, 0]] * (2 - right)),
+                probabilities=torch.tensor([[0.75, 0.25]] * 2), seconds=1.0)
             train.finish_epoch(progress, predictions, ["a", "b"], {})
             best.append((progress.best["epoch"], progress.best["val_acc"]))
         self.assertEqual(best, [(1, 0.5), (1, 0.5), (3, 1.0), (3, 1.0)])
@@ -889,9 +892,9 @@ class HealthTest(TestCase):
         augmented = train.Augmented(folder, train_transform(64, normalized=False))
         self.data = SimpleNamespace(train_set=folder,
                                     train_loader=SimpleNamespace(dataset=augmented))
-        self.images, self.labels = evaluate.to_device(
-            *torch.utils.data.default_collate([augmented[k, train.mix(5, 2)] for k in range(18)]),
-            torch.device("cpu"))
+        images, self.labels = torch.utils.data.default_collate(
+            [augmented[k, train.mix(5, 2)] for k in range(18)])
+        self.images = evaluate.to_device(images, torch.device("cpu"))
 
     def health(self) -> dict[str, float]:
         run = SimpleNamespace(model=self.model, criterion=self.criterion, epoch=2,
@@ -1544,25 +1547,141 @@ class DamagedFilesTest(TestCase):
 
 
 class EvaluationTest(TestCase):
-    def test_the_figures_of_four_images_by_hand(self) -> None:
-        predictions = evaluate.Predictions(
-            labels=torch.tensor([0, 0, 2, 6]), losses=torch.tensor([0.5, 1.5, 0.25, 1.75]),
-            top=torch.tensor([[0, 1, 2, 3, 4], [5, 4, 3, 2, 0], [2, 1, 0, 3, 4], [1, 2, 3, 4, 5]]),
+    # Ten predictions of classes a, b and c: the label, the best class, its probability.
+    TEN = [(0, 0, 0.95), (0, 0, 0.95), (0, 0, 0.85), (0, 1, 0.55), (0, 1, 0.65),
+           (1, 1, 0.95), (1, 1, 0.75), (1, 2, 0.75), (2, 2, 0.55), (2, 1, 0.95)]
+
+    def setUp(self) -> None:
+        super().setUp()
+        labels, best, confidences = zip(*self.TEN)
+        self.ten = evaluate.Predictions(
+            labels=torch.tensor(labels), losses=torch.arange(10) / 8,
+            top=torch.tensor(best)[:, None], probabilities=torch.tensor(confidences)[:, None],
             seconds=2.0)
-        figures = evaluate.summarize(predictions, list("abcdefg"))
+
+    def test_the_figures_of_ten_predictions_by_hand(self) -> None:
+        figures = evaluate.summarize(self.ten, list("abc"))
+        for name, expected in (
+                ("top1_interval", [0.3126738, 0.8318197]),  # Wilson, 6 of 10
+                # In fifteenths: 4 of 0.95, right 3; 1 of 0.85, right; 2 of 0.75, right 1; 1 of
+                # 0.65, wrong; 2 of 0.55, right 1.
+                ("calibration_error", (0.8 + 0.15 + 0.5 + 0.65 + 0.1) / 10),
+                ("confidence_when_right", (0.95 * 3 + 0.85 + 0.75 + 0.55) / 6),
+                ("confidence_when_wrong", (0.55 + 0.65 + 0.75 + 0.95) / 4)):
+            assert_close(torch.tensor(figures.pop(name)), torch.tensor(expected))
         self.assertEqual(figures, {
-            "top1": 0.5, "top5": 0.75, "loss": 1.0, "count": 4, "images_per_second": 2.0,
-            "per_class": {"a": {"count": 2, "correct": 1}, "c": {"count": 1, "correct": 1},
-                          "g": {"count": 1, "correct": 0}}})
+            "top1": 0.6, "top5": None, "loss": 0.5625, "count": 10, "images_per_second": 5.0,
+            "per_class": {"a": {"count": 5, "correct": 3}, "b": {"count": 3, "correct": 2},
+                          "c": {"count": 2, "correct": 1}},
+            "most_confused": [{"label": "a", "prediction": "b", "count": 2},
+                              {"label": "b", "prediction": "c", "count": 1},
+                              {"label": "c", "prediction": "b", "count": 1}]})
+        self.assertEqual(evaluate.confusion_matrix(self.ten, 3).tolist(),
+                         [[3, 2, 0], [0, 2, 1], [0, 1, 1]])
+
+    def test_intervals_of_wilson_are_those_of_tables(self) -> None:
+        for rights, count, expected in (  # Newcombe 1998, table I, method 3
+                (81, 263, [0.2553, 0.3662]), (15, 148, [0.0624, 0.1605]), (0, 20, [0.0, 0.1611]),
+                (1, 29, [0.0061, 0.1718])):
+            assert_close(torch.tensor(evaluate.wilson_interval(rights, count)),
+                         torch.tensor(expected), rtol=0, atol=5e-5)
+
+    def test_top5_counts_the_five_best_of_more_classes(self) -> None:
+        predictions = self.ten._replace(top=torch.tensor([[0, 1, 2, 3, 4], [5, 4, 3, 2, 1]] * 5))
+        self.assertEqual(evaluate.summarize(predictions, list("abcdefg"))["top5"], 0.8)
 
     def test_predictions_are_those_of_the_logits(self) -> None:
         logits = torch.tensor([[0.0, math.log(3.0)], [math.log(3.0), 0.0], [0.0, math.log(3.0)]])
         batches = [(logits[:2].view(2, 2, 1, 1), torch.tensor([1, 1])),
                    (logits[2:].view(1, 2, 1, 1), torch.tensor([0]))]
-        with mock.patch.object(evaluate, "to_device", lambda images, labels, _: (images, labels)):
+        with mock.patch.object(evaluate, "to_device", lambda images, device: images):
             result = evaluate.predict(nn.Flatten(), batches, torch.device("cpu"), "fp32")
         assert_close(result.losses, torch.tensor([0.2876821, 1.3862944, 1.3862944]))
         self.assertEqual(result.correct.tolist(), [True, False, False])
+        assert_close(result.probabilities, torch.tensor([[0.75, 0.25]] * 3))
+        self.assertEqual(result.top.tolist(), [[1, 0], [0, 1], [1, 0]])
+
+    def test_what_is_written_of_each_image(self) -> None:
+        torch.save(checkpoint_of(write_images(self.folder / "images")), self.folder / "best.pt")
+        flags = ("--workers", 0, "--batch-size", 1)
+        run(evaluate.main, self.folder / "best.pt", *flags, "--json",
+            self.folder / "figures.json", "--save-predictions", self.folder / "table.csv")
+        figures = json.loads((self.folder / "figures.json").read_text())
+        with open(self.folder / "table.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual([Path(row["path"]).relative_to(self.folder / "images" / "val").as_posix()
+                          for row in rows],
+                         [f"{name}/{k}.png" for name in figures["classes"] for k in range(3)])
+        counts = [[sum((row["label"], row["prediction"]) == (label, prediction) for row in rows)
+                   for prediction in figures["classes"]] for label in figures["classes"]]
+        self.assertEqual(figures["confusion_matrix"], counts)
+        self.assertEqual(figures["top1"], sum(counts[k][k] for k in range(3)) / 9)
+
+        # Predicting the same images says the same, whatever else there is.
+        (self.folder / "bad.jpg").write_bytes(b"not an image")
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), self.assertRaises(SystemExit) as caught:
+            evaluate.main([str(argument) for argument in (
+                self.folder / "best.pt", *flags, "--predict", self.folder / "bad.jpg",
+                self.folder / "images" / "val", "--json", self.folder / "predictions.json",
+                "--save-predictions", self.folder / "predictions.csv")])
+        self.assertEqual(caught.exception.code, 1)
+        lines = output.getvalue().splitlines()
+        self.assertRegex(lines[0], "cannot read the image .*bad.jpg: cannot identify image file")
+        self.assertEqual(len(lines), 10)
+        unread, *results = json.loads((self.folder / "predictions.json").read_text())
+        self.assertEqual(unread, {"path": str(self.folder / "bad.jpg"), "error": lines[0]})
+        with open(self.folder / "predictions.csv", newline="") as file:
+            table = list(csv.DictReader(file))
+        self.assertEqual(table[1:], [row | {"label": ""} for row in rows])
+        for line, result, row in zip(lines[1:], results, rows):
+            best = result["classes"][0]
+            self.assertTrue(line.startswith(
+                f"{row['path']}: {row['prediction']} {best['probability']:.4f}, "))
+            self.assertEqual(best, {"class": row["prediction"],
+                                    "probability": float(row["confidence"])})
+            self.assertAlmostEqual(sum(guess["probability"] for guess in result["classes"]), 1, 5)
+
+    def test_an_export_gives_the_outputs_of_the_network_on_any_number_of_images(self) -> None:
+        checkpoint = checkpoint_of(write_images(self.folder / "images"))
+        torch.save(checkpoint, self.folder / "best.pt")
+        model = evaluate.build_model(checkpoint, "best.pt")
+        images = torch.randn(3, 3, 32, 32)
+        for suffix in (".pt2", ".pth"):
+            path = self.folder / f"network{suffix}"
+            printed = run(evaluate.main, self.folder / "best.pt", "--export", path)
+            self.assertIn("its outputs for 8 val images are the network's", printed)
+        program = torch.export.load(self.folder / "network.pt2", extra_files=(metadata := {
+            key: "" for key in ("arch", "classes", "size", "mean", "std")}))
+        network = resnet18(num_classes=3)
+        network.load_state_dict(torch.load(self.folder / "network.pth", weights_only=True))
+        with torch.no_grad():
+            for count in (1, 3):
+                for found in (program.module(), network.eval()):
+                    assert_close(found(images[:count]), model(images[:count]), rtol=0, atol=1e-4)
+        self.assertEqual({key: json.loads(value) for key, value in metadata.items()},
+                         {key: checkpoint[key] for key in metadata})
+
+    def test_an_export_whose_outputs_differ_is_not_written(self) -> None:
+        torch.save(checkpoint_of(write_images(self.folder / "images")), self.folder / "best.pt")
+        (self.folder / "network.pth").write_text("earlier")
+        with mock.patch.object(evaluate, "load_tensors", side_effect=lambda path: {
+                name: value * 1.01 for name, value in selfdistill.load_tensors(path).items()}):
+            checkpoint = selfdistill.load_tensors(self.folder / "best.pt")
+            model = evaluate.build_model(checkpoint, "best.pt")
+            with self.assertRaisesRegex(evaluate.UserError, "is not written: its outputs would"):
+                evaluate.export(model, checkpoint, self.folder / "network.pth",
+                                torch.randn(2, 3, 32, 32))
+        self.assertEqual((self.folder / "network.pth").read_text(), "earlier")
+
+    @unittest.skipUnless(importlib.util.find_spec("onnxscript"), "onnx and onnxscript are optional")
+    def test_an_onnx_export_says_what_it_is(self) -> None:
+        import onnx
+        torch.save(checkpoint_of(write_images(self.folder / "images")), self.folder / "best.pt")
+        run(evaluate.main, self.folder / "best.pt", "--export", self.folder / "network.onnx")
+        metadata = {entry.key: entry.value
+                    for entry in onnx.load(self.folder / "network.onnx").metadata_props}
+        self.assertEqual(json.loads(metadata["classes"]), ["circle", "square", "star"])
 
     def test_an_exit_is_the_network_up_to_its_layer_with_the_classifier_trained_on_it(self) -> None:
         checkpoint = checkpoint_of(write_images(self.folder / "images"))
@@ -1737,6 +1856,20 @@ class BadInputTest(TestCase):
         for content in (b"", b"some other file", whole[:1000], whole[:-1000]):
             path.write_bytes(content)
             self.assertIn("not a checkpoint", self.error_of(evaluate.main, path))
+
+    def test_what_cannot_be_predicted_or_exported(self) -> None:
+        checkpoint = self.write_checkpoint(exits={"layer2.1": nn.Linear(128, 3).state_dict()})
+        (self.folder / "empty").mkdir()
+        for flags, message in (
+                (("--predict", self.folder / "empty"), "empty has no images in it"),
+                (("--export", "network.tf"), "must end in one of .pt2, .onnx, .pth"),
+                (("--export", "network.pth", "--exit", "layer2.1"), "an exit is none"),
+                (("--export", "network.pth", "--json", "figures.json"), "takes no --json"),
+                (("--export", "network.pth", "--predict", "a.jpg"), "not allowed with")):
+            self.assertIn(message, self.error_of(evaluate.main, checkpoint, *flags))
+        with mock.patch.dict(sys.modules, onnxscript=None):
+            self.assertIn("needs the packages onnx and onnxscript", self.error_of(
+                evaluate.main, checkpoint, "--export", self.folder / "network.onnx"))
 
     def test_a_checkpoint_of_another_kind_or_shape(self) -> None:
         torch.save(resnet18().state_dict(), self.folder / "weights.pth")

@@ -8,10 +8,10 @@ that. The method is in selfdistill.py; `python evaluate.py best.pt` tells how go
 On several processes or machines: `torchrun --nproc-per-node N train.py ...`, the same job.
 """
 # First of all, as it checks that torch and torchvision fit together.
-from evaluate import (DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError, autocast,
-                      choose_device, choose_precision, find_splits, listed, make_loader, number,
-                      outputs, predict, read_checkpoint, run_script, summarize, to_device,
-                      usable_cores, write_file)
+from evaluate import (CLEAR, DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError, autocast,
+                      choose_device, choose_precision, duration, find_splits, listed, make_loader,
+                      number, outputs, predict, read_checkpoint, run_script, summarize, to_device,
+                      usable_cores, watched, write_file, write_json)
 
 import argparse
 import contextlib
@@ -611,21 +611,14 @@ class Progress:
             images, loss = run.totals[:2].tolist()
             speed = images / run.seconds
             left = ((self.epochs - run.epoch) * self.count - images) / speed
-            print(f"\r\033[Kepoch {run.epoch + 1}/{self.epochs}  "
+            print(f"{CLEAR}epoch {run.epoch + 1}/{self.epochs}  "
                   f"batch {run.batch}/{self.batches}  {speed:.1f} images/s  "
                   f"loss {loss / images:.4f}  {duration(left)} left", end="", flush=True)
 
     @staticmethod
     def clear() -> None:
         if sys.stdout.isatty():
-            print("\r\033[K", end="")
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes
-            else f"{seconds} s")
+            print(CLEAR, end="")
 
 
 def train_epoch(run: Run, network: nn.Module, batches: Iterable, sampler: EpochBatches,
@@ -635,7 +628,8 @@ def train_epoch(run: Run, network: nn.Module, batches: Iterable, sampler: EpochB
     start = time.perf_counter() - run.seconds
     for images, labels in batches:
         torch.manual_seed(mix(sampler.seed, run.epoch, run.batch, rank()))
-        images, labels = to_device(images, labels, run.device)
+        images = to_device(images, run.device)
+        labels = labels.to(run.device, non_blocking=True)
         run.optimizer.zero_grad()
         logits, ce, distillation = network(images, labels)
         loss = run.criterion.combine(ce, distillation)
@@ -730,7 +724,8 @@ def health(run: Run, data: Data, seed: int) -> dict[str, float]:
     count = len(data.train_set)
     chosen = torch.linspace(0, count - 1, min(32, count)).long().tolist()
     items = [data.train_loader.dataset[index, mix(seed, run.epoch)] for index in chosen]
-    images, labels = to_device(*default_collate(items), run.device)
+    images, labels = default_collate(items)
+    images, labels = to_device(images, run.device), labels.to(run.device)
     logits, student, teacher = copy.deepcopy(run.model).train()(images)
     zero = torch.zeros((), device=run.device)
     ce, distillation = run.criterion.terms(logits, labels, student, teacher)
@@ -1072,7 +1067,7 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> int:
         pairs.append(pair | {"difference": pair["distillation"] - pair["control"]})
     if rank() == 0:
         figures = gain(pairs)
-        write_file(out / "compare.json", json.dumps(figures, indent=2).encode())
+        write_json(out / "compare.json", figures)
         print_gain(figures)
     return 0
 
