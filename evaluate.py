@@ -17,18 +17,22 @@ except (ImportError, RuntimeError) as error:  # a torchvision built for another 
              f"together ({error}): pip install --upgrade -r requirements.txt")
 
 import argparse
+import base64
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import tempfile
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from html import escape
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +45,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, models
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from selfdistill import load_tensors, normalize, to_rgb, val_transform
 
@@ -312,6 +316,15 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def read_log(checkpoint: Path) -> list[dict]:
+    """The lines of the log.jsonl beside a checkpoint, of log.1.jsonl beside best.1.pt; or none."""
+    try:
+        path = checkpoint.with_name(re.sub("^(best|last)", "log", f"{checkpoint.stem}.jsonl"))
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
 def build_model(checkpoint: dict, path: str | Path) -> nn.Module:
     """The plain torchvision network of a checkpoint, with its weights, in eval mode."""
     try:
@@ -546,18 +559,191 @@ def print_summary(summary: dict) -> None:
     for name, row in summary["per_class"].items():
         accuracy = row["correct"] / row["count"]
         print(f"{name:{width}}  {accuracy:8.4f}  {row['correct']:7d}  {row['count']:5d}")
-    top5 = "" if summary["top5"] is None else f"  top-5 {summary['top5']:.4f}"
+    print(*describe(summary), sep="\n")
+
+
+def describe(summary: dict) -> list[str]:
+    """The figures of all classes together, in lines."""
     low, high = summary["top1_interval"]
-    print(f"top-1 {summary['top1']:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}  "
-          f"loss {summary['loss']:.4f}  {summary['count']} images  "
-          f"{summary['images_per_second']:.1f} images/s")
-    if summary["most_confused"]:
-        print("most confused: " + "; ".join("{label} taken for {prediction} {count}".format(**pair)
-                                            for pair in summary["most_confused"]))
+    top5 = "" if summary["top5"] is None else f"  top-5 {summary['top5']:.4f}"
+    lines = [f"top-1 {summary['top1']:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}  "
+             f"loss {summary['loss']:.4f}  {summary['count']} images  "
+             f"{summary['images_per_second']:.1f} images/s"]
     confidences = [f"{summary[f'confidence_when_{which}']:.4f} when {which}"
                    for which in ("right", "wrong") if summary[f"confidence_when_{which}"]]
-    print(f"mean confidence {', '.join(confidences)}; expected calibration error "
-          f"{summary['calibration_error']:.4f}")
+    lines.append(f"mean confidence {', '.join(confidences)}; expected calibration error "
+                 f"{summary['calibration_error']:.4f}")
+    pairs = ["{label} taken for {prediction} {count}".format(**pair)
+             for pair in summary["most_confused"]]
+    return lines + ([f"most confused: {'; '.join(pairs)}"] if pairs else [])
+
+
+# The page
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #222; --rule: #ddd;
+        --c0: #2563b0; --c1: #c2500c; --c2: #2e7d32; --c3: #8e3fa8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ddd; --rule: #444; --c0: #7cb2f5; --c1: #f5a066; --c2: #81c784; --c3: #d59be8 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 64rem; margin: auto;
+       padding: 0 1rem 2rem; overflow-wrap: break-word }
+h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
+section { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; flex: 1 1 17rem }
+section > div { flex: 1 1 100% }
+section > figure { max-width: 30rem; overflow-x: auto } section > figure.wide { max-width: none }
+section > figure.image { flex: 0 0 6.5rem; font-size: .8rem; line-height: 1.3;
+                         overflow-wrap: anywhere }
+figcaption span { margin-right: .6em } img { width: 100%; border-radius: 4px }
+svg { display: block; width: 100%; fill: var(--ink); font-size: 11px }
+line { stroke: var(--rule) } polyline { fill: none; stroke-width: 2 }
+"""
+
+
+def page(title: str, summary: dict, predictions: Predictions, dataset: ImageFolder,
+         log: list[dict], augmented: Iterable[tuple[Tensor, str]] = (),
+         refresh: bool = False) -> str:
+    """A self-contained HTML page: the figures, how training went, and what is wrong, in pictures.
+
+    Args:
+        title: what was evaluated.
+        summary: of the predictions, by `summarize`.
+        dataset: the images predicted, in the same order.
+        log: of the training, the lines of log.jsonl; may be empty.
+        augmented: train images (H, W, 3) in uint8 and their classes, to be shown.
+        refresh: have the browser load the page again every 10 seconds.
+    """
+    classes, correct = dataset.classes, predictions.correct
+    order = predictions.confidences.argsort(descending=True)
+    wrong, least = order[~correct[order]][:20].tolist(), order[correct[order]].flip(0)[:10].tolist()
+
+    def thumbnails(indices: list[int]) -> str:
+        return "".join(thumbnail(dataset[index][0], f"{classes[predictions.labels[index]]}: "
+                                 f"{classes[predictions.top[index, 0]]} "
+                                 f"{predictions.confidences[index]:.3f}") for index in indices)
+
+    sections = [("How good it is", "".join(f"<div>{escape(line)}</div>"
+                                           for line in describe(summary))),
+                ("Training", training_charts(log) if log else ""),
+                ("Where it is right", class_bars(summary) + reliability_diagram(predictions)),
+                ("Where it is wrong: rows are labels, columns predictions",
+                 heat_map(confusion_matrix(predictions, len(classes)), classes)),
+                ("The most confident mistakes, with label: prediction", thumbnails(wrong)),
+                ("The least certain right answers", thumbnails(least)),
+                ("Train images as the network saw them",
+                 "".join(thumbnail(*item) for item in augmented))]
+    body = "".join(f"<h2>{heading}</h2><section>{content}</section>\n"
+                   for heading, content in sections if content)
+    reload = '<meta http-equiv="refresh" content="10">' if refresh else ""
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8">{reload}<meta name="viewport" '
+            f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+            f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n{body}</html>\n")
+
+
+def thumbnail(image: Tensor, caption: str) -> str:
+    """An image (H, W, 3) in uint8, small, and what is written under it."""
+    picture, buffer = to_pil_image(image.permute(2, 0, 1)), io.BytesIO()
+    picture.thumbnail((160, 160))
+    picture.save(buffer, "JPEG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (f'<figure class="image"><img src="data:image/jpeg;base64,{data}" alt="">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>")
+
+
+def training_charts(log: list[dict]) -> str:
+    """Losses, accuracies and learning rate by epoch."""
+    def lines(**keys: str) -> dict[str, list[tuple[float, float]]]:
+        return {name: [(line["epoch"], line[key]) for line in log] for name, key in keys.items()}
+
+    losses = lines(train="train_loss", cross_entropy="ce_loss", distillation="distillation_loss",
+                   val="val_loss")
+    accuracies = lines(train="train_acc", val="val_acc")
+    least = min(y for line in accuracies.values() for _, y in line)
+    return (line_chart("loss by epoch", losses)
+            + line_chart("accuracy by epoch", accuracies, high=1,
+                         low=min(0.9, math.floor(10 * least) / 10))
+            + line_chart("learning rate by epoch", lines(rate="lr")))
+
+
+def line_chart(title: str, lines: dict[str, list[tuple[float, float]]], low: float = 0,
+               high: float | None = None, radii: Iterable[float] = itertools.repeat(2.5)) -> str:
+    """Lines through points (x, y), by name.
+
+    Args:
+        low, high: ends of the vertical axis; by default 0 and the largest y.
+        radii: of the points of a line.
+    """
+    points = [point for line in lines.values() for point in line]
+    left, right = min(x for x, _ in points), max(x for x, _ in points)
+    high, wide = high or max(y for _, y in points) or 1, right - left or 1
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (round(50 + 260 * (x - left) / wide, 1),
+                round(165 - 150 * (y - low) / (high - low), 1))
+
+    drawn = [f'<line x1="50" x2="310" y1="{y}" y2="{y}"/><text x="44" y="{y + 4}" '
+             f'text-anchor="end">{value:.2g}</text>'
+             for value in (low, (low + high) / 2, high) for _, y in [place(left, value)]]
+    drawn += [f'<text x="{place(x, low)[0]}" y="182" text-anchor="middle">{x:g}</text>'
+              for x in sorted({left, right})]
+    for k, (name, line) in enumerate(lines.items()):
+        path = " ".join("{},{}".format(*place(*point)) for point in line)
+        drawn.append(f'<polyline points="{path}" stroke="var(--c{k})"/>')
+        drawn += ['<circle cx="{}" cy="{}" r="{:.1f}" fill="var(--c{})"><title>{}: {:.4g} at {:.4g}'
+                  "</title></circle>".format(*place(x, y), radius, k, name, y, x)
+                  for (x, y), radius in zip(line, radii)]
+    legend = "".join(f'<span style="color: var(--c{k})">{name.replace("_", " ")}</span>'
+                     for k, name in enumerate(lines))
+    return (f'<figure><svg viewBox="0 0 320 190">{"".join(drawn)}</svg>'
+            f"<figcaption>{title}: {legend}</figcaption></figure>")
+
+
+def reliability_diagram(predictions: Predictions) -> str:
+    shares, *points = calibrate(predictions)
+    used = shares > 0
+    return line_chart("accuracy by confidence (large: many images)",
+                      {"measured": list(zip(*(axis[used].tolist() for axis in points))),
+                       "ideal": [(0, 0), (1, 1)]}, high=1,
+                      radii=(2 + 10 * shares[used].sqrt()).tolist())
+
+
+def class_bars(summary: dict, most: int = 30) -> str:
+    """Accuracy by class, the worst first."""
+    rows = sorted(((row["correct"] / row["count"], name, row)
+                   for name, row in summary["per_class"].items()), key=lambda row: row[0])
+    drawn = [f'<text x="98" y="{18 * k + 13}" text-anchor="end">{short(name)}</text><rect x="104" '
+             f'y="{18 * k + 3}" height="13" width="{130 * accuracy:.1f}" fill="var(--c0)"/><text '
+             f'x="{110 + 130 * accuracy:.1f}" y="{18 * k + 13}">{accuracy:.3f} of {row["count"]}'
+             "</text>" for k, (accuracy, name, row) in enumerate(rows[:most])]
+    title = "accuracy by class" + (f", the worst {most} of {len(rows)}" if len(rows) > most else "")
+    return (f'<figure><svg viewBox="0 0 320 {18 * len(drawn) + 4}">{"".join(drawn)}</svg>'
+            f"<figcaption>{title}</figcaption></figure>")
+
+
+def heat_map(matrix: Tensor, classes: list[str], most: int = 30) -> str:
+    """A confusion matrix, of the classes with the most mistakes if there are many."""
+    mistakes = matrix.sum(dim=0) + matrix.sum(dim=1) - 2 * matrix.diagonal()
+    chosen = mistakes.argsort(descending=True, stable=True)[:most].sort().values
+    shares = (matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1))[chosen][:, chosen].tolist()
+    counts, names = matrix[chosen][:, chosen].tolist(), [short(classes[k]) for k in chosen]
+    drawn = []
+    for k, name in enumerate(names):
+        middle = 106 + 24 * k
+        drawn.append(f'<text x="90" y="{middle + 4}" text-anchor="end">{name}</text><text '
+                     f'transform="translate({middle + 4} 90) rotate(-90)">{name}</text>')
+        drawn += [f'<rect x="{94 + 24 * j}" y="{94 + 24 * k}" width="23" height="23" fill="var('
+                  f'--c{int(j != k)})" fill-opacity="{max(0.05, share ** 0.5):.2f}"/><text '
+                  f'x="{106 + 24 * j}" y="{middle + 4}" text-anchor="middle" fill="'
+                  f'{"Canvas" if share > 0.25 else "var(--ink)"}">{count or ""}</text>'
+                  for j, (share, count) in enumerate(zip(shares[k], counts[k]))]
+    size = 96 + 24 * len(names)
+    title = f", the {most} classes with the most mistakes" if len(classes) > most else ""
+    return (f'<figure class="wide"><svg viewBox="0 0 {size} {size}" style="width: {1.5 * size}px; '
+            f'max-width: max(100%, {size}px)">{"".join(drawn)}</svg>'
+            f"<figcaption>images by label and prediction{title}</figcaption></figure>")
+
+
+def short(name: str) -> str:
+    return escape(name if len(name) < 16 else f"{name[:14]}…")
 
 
 # The command line
@@ -634,6 +820,15 @@ def write_file(path: str | Path, content: bytes) -> None:
 
 def write_json(path: str | Path, figures: dict | list) -> None:
     write_file(path, json.dumps(figures, indent=2).encode())
+
+
+def make_folder(path: str | Path) -> Path:
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+    return path
 
 
 def write_csv(path: str | Path, rows: Iterable[tuple]) -> None:
@@ -741,6 +936,10 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
         summary.setdefault("exits", {})[layer] = figures
         print(f"exit {layer}: top-1 {figures['top1']:.4f}  "
               f"{figures['images_per_second']:.1f} images/s")
+    if args.report:
+        log = read_log(Path(args.checkpoint))
+        write_file(make_folder(args.report) / "report.html", page(
+            title, summary, predictions, dataset, log).encode(errors="backslashreplace"))
     if args.json:
         matrix = confusion_matrix(predictions, len(classes)).tolist()
         write_json(args.json, summary | {"classes": classes, "confusion_matrix": matrix})

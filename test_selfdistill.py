@@ -1840,7 +1840,7 @@ class BadInputTest(TestCase):
 
     def test_an_out_folder_that_cannot_be_written(self) -> None:
         (self.folder / "file").write_text("")
-        self.assertIn("cannot write to --out", self.train_error("--out", self.folder / "file"))
+        self.assertIn("cannot make the folder", self.train_error("--out", self.folder / "file"))
         with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")):
             self.assertRegex(self.train_error(), r"cannot write .*last\.pt: No space left")
         self.assertEqual(list((self.folder / "out").iterdir()), [])

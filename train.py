@@ -9,9 +9,9 @@ On several processes or machines: `torchrun --nproc-per-node N train.py ...`, th
 """
 # First of all, as it checks that torch and torchvision fit together.
 from evaluate import (CLEAR, DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError, autocast,
-                      choose_device, choose_precision, duration, find_splits, listed, make_loader,
-                      number, outputs, predict, read_checkpoint, run_script, summarize, to_device,
-                      usable_cores, watched, write_file, write_json)
+                      choose_device, choose_precision, duration, find_splits, listed, make_folder,
+                      make_loader, number, outputs, page, predict, read_checkpoint, run_script,
+                      summarize, to_device, usable_cores, watched, write_file, write_json)
 
 import argparse
 import contextlib
@@ -311,6 +311,11 @@ class Data(NamedTuple):
     @property
     def classes(self) -> list[str]:
         return self.train_set.classes
+
+    def augmented(self, count: int, seed: int) -> list[tuple[Tensor, int]]:
+        """So many train images (H, W, 3) from all over the folder, and their labels."""
+        indices = torch.linspace(0, len(self.train_set) - 1, min(count, len(self.train_set)))
+        return [self.train_loader.dataset[index, seed] for index in indices.long().tolist()]
 
 
 def fingerprint(dataset: ImageFolder) -> str:
@@ -659,7 +664,8 @@ def validate(run: Run, data: Data, args: argparse.Namespace,
         for buffer in run.model.buffers():  # the statistics of batch norm
             dist.broadcast(buffer, src=0)
     steps = math.ceil(len(data.val_set) / args.batch_size)
-    batches = checkpointer.attend(data.val_loader, steps)
+    loader = watched(data.val_loader, len(data.val_loader.dataset), "validating: images")
+    batches = checkpointer.attend(loader, steps)
     predictions = predict(run.model.model, batches, run.device, args.precision, gather)
     indices = torch.arange(len(data.val_set))
     order = torch.cat([indices[first::world_size()] for first in range(world_size())]).argsort()
@@ -707,11 +713,26 @@ def begin(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpoi
     """Epoch 0: the accuracy of the weights given, once a classifier is fitted to them."""
     start = time.perf_counter()
     fit_classifier(run, data, args, checkpointer)
-    val = summarize(validate(run, data, args, checkpointer), data.classes)
+    predictions = validate(run, data, args, checkpointer)
+    val = summarize(predictions, data.classes)
     run.best = {"epoch": 0, "val_acc": val["top1"]}
     checkpointer.save()
+    report(run, data, args, predictions)
+    Progress.clear()
     print(f"epoch 0/{args.epochs}  only the classifier fitted  val acc {val['top1']:.4f}  "
           f"{time.perf_counter() - start:.1f} s", flush=True)
+
+
+def report(run: Run, data: Data, args: argparse.Namespace, predictions: Predictions) -> None:
+    """Write the page of the run so far, if it is asked for."""
+    if not args.report or rank() > 0:
+        return
+    augmented = [(image, data.classes[label])
+                 for image, label in data.augmented(20, mix(args.seed, run.epoch))]
+    html = page(f"{args.out}: resnet18 after epoch {run.epoch} of {args.epochs}",
+                summarize(predictions, data.classes), predictions, data.val_set, run.log,
+                augmented, refresh=run.epoch < args.epochs)
+    write_file(Path(args.out, "report.html"), html.encode(errors="backslashreplace"))
 
 
 def health(run: Run, data: Data, seed: int) -> dict[str, float]:
@@ -721,10 +742,7 @@ def health(run: Run, data: Data, seed: int) -> dict[str, float]:
     respect to the student features; then, of the student and the teacher features, what
     `norm_and_spread` tells. A copy of the network is used, so that nothing of the run changes.
     """
-    count = len(data.train_set)
-    chosen = torch.linspace(0, count - 1, min(32, count)).long().tolist()
-    items = [data.train_loader.dataset[index, mix(seed, run.epoch)] for index in chosen]
-    images, labels = default_collate(items)
+    images, labels = default_collate(data.augmented(32, mix(seed, run.epoch)))
     images, labels = to_device(images, run.device), labels.to(run.device)
     logits, student, teacher = copy.deepcopy(run.model).train()(images)
     zero = torch.zeros((), device=run.device)
@@ -784,6 +802,7 @@ def train(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpoi
         predictions = validate(run, data, args, checkpointer)
         line = finish_epoch(run, predictions, data.classes, health(run, data, args.seed))
         checkpointer.save()
+        report(run, data, args, predictions)
         progress.clear()
         print(f"epoch {run.epoch}/{args.epochs}  loss {line['train_loss']:.4f} "
               f"(ce {line['ce_loss']:.4f}, distillation {line['distillation_loss']:.4g})  "
@@ -833,6 +852,9 @@ def make_parser() -> Parser:
     group.add_argument("--compare", type=number(int, 2), metavar="N", help="train N pairs of runs, "
                        "seeds from --seed on, with and without distillation, and tell what it "
                        "gains, in compare.json; what was stopped goes on with --resume added")
+    group.add_argument("--report", action=argparse.BooleanOptionalAction, default=False,
+                       help="write report.html in --out, anew after each epoch: figures, charts "
+                       "and images, to be watched in a browser")
     group.add_argument("--skip-unreadable", action=argparse.BooleanOptionalAction, default=False,
                        help="leave out images that cannot be read, having tried all at the start")
     group = parser.add_argument_group("training")
@@ -949,10 +971,7 @@ def refuse_contradictions(args: argparse.Namespace, before: argparse.Namespace) 
 
 def make_out(out: Path, names: tuple[str, ...], resumed: bool) -> None:
     """Make the folder --out; what an earlier run left there is kept under other names."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+    make_folder(out)
     earlier = [out / name for name in names if (out / name).exists()]
     if resumed or not earlier:
         return
@@ -1008,7 +1027,7 @@ def fine_tune(arguments: list[str]) -> int:
     if checkpoint:
         restore(run, checkpoint, data, args)
     if rank() == 0:
-        make_out(Path(args.out), ("best.pt", "last.pt", "log.jsonl"),
+        make_out(Path(args.out), ("best.pt", "last.pt", "log.jsonl", "report.html"),
                  resumed=checkpoint is not None)
 
     print(f"data       {args.data}: {len(data.train_set)} train and {len(data.val_set)} val "
