@@ -80,7 +80,7 @@ def load_image(path: str) -> Tensor:
         with Image.open(path) as image:
             return pil_to_tensor(to_rgb(image))
     except Exception as error:  # a damaged file can raise nearly anything
-        reason = (getattr(error, "strerror", None) or str(error).replace(repr(path), "the file")
+        reason = (getattr(error, "strerror", None) or str(error).replace(f" {path!r}", "")
                   or type(error).__name__)
         raise UnreadableImage(f"cannot read the image {path}: {reason}") from None
 
@@ -103,16 +103,17 @@ class ImageFolder(datasets.ImageFolder):
         transform: uint8 tensor (3, H, W) -> uint8 tensor (3, H, W).
         classes: the names that labels are positions in; the folder may have fewer of them.
             Default: those of the folder, sorted.
+        allow_empty: let a class have no images. Default: False
 
     Raises:
         UserError: the folder is missing or empty, or has an empty class or an unknown one.
     """
 
-    def __init__(self, root: str | Path, transform: Callable,
-                 classes: list[str] | None = None) -> None:
+    def __init__(self, root: str | Path, transform: Callable | None,
+                 classes: list[str] | None = None, allow_empty: bool = False) -> None:
         self.known_classes = classes
         try:
-            super().__init__(str(root), transform=transform, loader=load_image)
+            super().__init__(str(root), transform, loader=load_image, allow_empty=allow_empty)
         except OSError as error:
             raise UserError(f"{root}: {error}") from None
 

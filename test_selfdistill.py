@@ -632,6 +632,60 @@ class DataTest(TestCase):
         self.assertEqual(train.find_data(str(self.folder / "outer")), self.folder / "outer/inner")
 
 
+class CheckTest(TestCase):
+    def check(self, *flags: str) -> tuple[int, list[str]]:
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output):
+                train.main(["--data", str(self.folder), "--check", *flags])
+            code = 0
+        except SystemExit as caught:
+            code = caught.code
+        return code, output.getvalue().replace(f"{self.folder}/", "").splitlines()
+
+    def test_good_data_are_described_and_pass(self) -> None:
+        write_images(self.folder, train_count=2, val_count=1)
+        Image.new("L", (30, 50)).save(self.folder / "train" / "star" / "grey.png")
+        code, lines = self.check()
+        self.assertEqual(code, 0)
+        self.assertEqual(lines, [
+            "train/ 7 images, 3 classes, of 2 (square) to 3 (star) images",
+            "       30 x 40 to 40 x 50 pixels, median 40 x 40; RGB 6, L 1",
+            "val/   3 images, 3 classes, of 1 (star) to 1 (circle) images",
+            "       40 x 40 to 40 x 40 pixels, median 40 x 40; RGB 3",
+            "problems found: none"])
+
+    def test_each_fault_is_told_with_its_files(self) -> None:
+        write_images(self.folder, train_count=2, val_count=1)
+        path = {split: self.folder / split for split in ("train", "val")}
+        whole = Image.open(path["train"] / "star" / "0.png")
+        whole.save(path["val"] / "star" / "leak.bmp")  # the same pixels in another format
+        shutil.copy(path["train"] / "star" / "1.png", path["train"] / "star" / "again.png")
+        shutil.copy(path["val"] / "circle" / "0.png", path["val"] / "square" / "circle.png")
+        (path["val"] / "circle" / "bad.jpg").write_bytes(b"not an image")
+        (path["train"] / "circle" / "photo.heic").write_bytes(b"")
+        (path["train"] / "empty").mkdir()
+        code, lines = self.check()
+        self.assertEqual(code, 1)
+        self.assertEqual(lines[4:], [
+            "note: 1 files in train/ that are ignored, by their suffix no images",
+            "  train/circle/photo.heic",
+            "note: 1 images twice or more in the same class of the same split",
+            "  train/star/1.png = train/star/again.png",
+            "problem: 1 classes without images in train/",
+            "  empty",
+            "problem: 1 unreadable images in val/",
+            "  cannot read the image val/circle/bad.jpg: cannot identify image file",
+            "problem: 1 classes that only one of train/ and val/ has",
+            "  empty",
+            "problem: 1 images in both train/ and val/, which flatter val accuracy",
+            "  train/star/0.png = val/star/leak.bmp",
+            "problem: 1 images in more than one class",
+            "  val/circle/0.png = val/square/circle.png",
+            "problems found: 5"])
+        self.assertIn("note: 1 unreadable images in val/", self.check("--skip-unreadable")[1])
+
+
 class OptimizerTest(unittest.TestCase):
     def make(self, *flags: str) -> tuple[HookedModel, train.Loss, torch.optim.SGD]:
         args, _ = train.parse_args([*flags, "--data", "somewhere", "--device", "cpu"])
@@ -829,6 +883,18 @@ class TrainingTest(TestCase):
         for name in weights.keys() - {"fc.weight", "fc.bias"}:
             assert_close(best["model"][name], weights[name], rtol=0, atol=0)
         self.assertEqual([line["epoch"] for line in read_log(self.folder / "out")], [1])
+
+    def test_the_report_is_refreshed_after_each_epoch(self) -> None:
+        pages = []
+        with mock.patch.object(train, "page", lambda *args, **options: pages.append(
+                evaluate.page(*args, **options)) or pages[-1]):
+            run_training(self.data, self.folder, "--epochs", 2, "--report")
+        for k, html in enumerate(pages):
+            self.assertIn(f"after epoch {k + 1} of 2", html)
+            self.assertEqual('http-equiv="refresh"' in html, k == 0)
+            # Nine val images, right or wrong, and all eighteen train images.
+            self.assertEqual(html.count("data:image/jpeg;base64,"), 9 + 18)
+        self.assertEqual((self.folder / "report.html").read_text(), pages[-1])
 
     def test_results_of_an_earlier_run_are_kept(self) -> None:
         run_training(self.data, self.folder)
@@ -1641,6 +1707,48 @@ class EvaluationTest(TestCase):
             self.assertEqual(best, {"class": row["prediction"],
                                     "probability": float(row["confidence"])})
             self.assertAlmostEqual(sum(guess["probability"] for guess in result["classes"]), 1, 5)
+
+    def test_the_report_is_one_page_with_the_figures_and_the_mistakes(self) -> None:
+        data = write_images(self.folder / "images")
+        torch.save(checkpoint_of(data), self.folder / "best.pt")
+        self.enter_folder()
+        for log in ("", "damaged", json.dumps({
+                "epoch": 1, "train_loss": 2.0, "ce_loss": 1.5, "distillation_loss": 2.5,
+                "val_loss": 0.125, "train_acc": 1.0, "val_acc": 1.0, "lr": 0.1}) + "\n"):
+            Path("log.jsonl").write_text(log)
+            run(evaluate.main, "best.pt", "--workers", 0, "--report", "new/folder", "--json",
+                "figures.json", "--save-predictions", "table.csv")
+            html = Path("new/folder/report.html").read_text()
+            self.assertEqual("loss by epoch" in html, "train_loss" in log)
+        self.assertIn("val: 0.125 at 1", html)
+        figures = json.loads(Path("figures.json").read_text())
+        self.assertIn(f"top-1 {figures['top1']:.4f} (95 % interval", html)
+        with open("table.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:  # each of the nine images is among the mistakes or the right answers
+            self.assertIn("{label}: {prediction} {confidence:.3f}</figcaption>".format(
+                **row | {"confidence": float(row["confidence"])}), html)
+        self.assertEqual(html.count("data:image/jpeg;base64,"), 9)
+        self.assertFalse(re.search(r"<script|<link|https?:|src=\"(?!data:)", html))
+
+    def test_names_are_text_on_the_page(self) -> None:
+        write_images(self.folder)
+        (self.folder / "train" / "circle").rename(self.folder / "train" / "<b>")
+        dataset = evaluate.ImageFolder(self.folder / "train", val_transform(32, normalized=False))
+        html = evaluate.page("<i>", evaluate.summarize(self.ten, dataset.classes), self.ten,
+                             dataset, [])
+        self.assertNotIn("<b>", html)
+        self.assertNotIn("<i>", html)
+        self.assertIn("&lt;b&gt;", html)
+
+    def test_the_heat_map_has_the_counts_of_the_classes_with_the_most_mistakes(self) -> None:
+        matrix = torch.zeros(40, 40, dtype=torch.int64)
+        matrix[3, 7], matrix[7, 7], matrix[0, 0] = 41, 42, 43
+        svg = evaluate.heat_map(matrix, [f"class{k}" for k in range(40)])
+        self.assertEqual(svg.count("<rect"), 30 * 30)
+        for text, shown in (("41", True), ("42", True), ("43", True), ("class7", True),
+                            ("class39", False)):
+            self.assertEqual(f">{text}</text>" in svg, shown)
 
     def test_an_export_gives_the_outputs_of_the_network_on_any_number_of_images(self) -> None:
         checkpoint = checkpoint_of(write_images(self.folder / "images"))

@@ -9,9 +9,10 @@ On several processes or machines: `torchrun --nproc-per-node N train.py ...`, th
 """
 # First of all, as it checks that torch and torchvision fit together.
 from evaluate import (CLEAR, DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError, autocast,
-                      choose_device, choose_precision, duration, find_splits, listed, make_folder,
-                      make_loader, number, outputs, page, predict, read_checkpoint, run_script,
-                      summarize, to_device, usable_cores, watched, write_file, write_json)
+                      choose_device, choose_precision, duration, find_splits, listed, load_image,
+                      make_folder, make_loader, number, outputs, page, predict, read_checkpoint,
+                      run_script, summarize, to_device, usable_cores, watched, write_file,
+                      write_json)
 
 import argparse
 import contextlib
@@ -30,8 +31,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from math import cos, pi, sin
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -245,6 +248,85 @@ def draw_shape(name: str, rng: random.Random, size: int = 64) -> Image.Image:
                     for r, angle in zip(radii, angles)],
                    fill=tuple(rng.randrange(150, 256) for _ in range(3)))
     return image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+class Examined(NamedTuple):
+    """What is found on reading an image: Pillow's mode, width and height, or an error."""
+    mode: str = ""
+    size: tuple[int, int] = (0, 0)  # in pixels
+    digest: bytes = b""  # of size and pixels
+    error: str = ""
+
+
+def examine(path: str) -> Examined:
+    try:
+        pixels = load_image(path)
+        with Image.open(path) as image:
+            digest = hashlib.sha256(repr(image.size).encode() + pixels.numpy().tobytes())
+            return Examined(image.mode, image.size, digest.digest())
+    except (UserError, OSError) as error:
+        return Examined(error=str(error))
+
+
+def check(args: argparse.Namespace) -> int:
+    """Read all images; tell what would make training fail or mislead. Returns the exit code."""
+    folder = find_data(args.data)
+    problems, notes, classes, copies = {}, {}, {}, defaultdict(list)
+    for split in ("train", "val"):
+        images = ImageFolder(folder / split, transform=None, allow_empty=True)
+        paths = [path for path, _ in images.samples]
+        with ThreadPool(args.workers or usable_cores()) as pool:
+            examined = list(watched(pool.imap(examine, paths, chunksize=8), len(paths),
+                                    f"{split} images", size=lambda item: 1))
+        print_examined(split, images, examined)
+        classes[split], used = set(images.classes), set(images.targets)
+        problems[f"classes without images in {split}/"] = [
+            name for label, name in enumerate(images.classes) if label not in used]
+        (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
+            image.error for image in examined if image.error]
+        notes[f"files in {split}/ that are ignored, by their suffix no images"] = sorted(
+            str(file) for file in Path(images.root).rglob("[!.]*") if file.is_file()
+            and file.suffix.lower() not in datasets.folder.IMG_EXTENSIONS)
+        for (path, label), image in zip(images.samples, examined):
+            if not image.error:
+                copies[image.digest].append((split, images.classes[label], path))
+    problems["classes that only one of train/ and val/ has"] = sorted(
+        classes["train"] ^ classes["val"])
+    leaked, ambiguous, repeated = [], [], []
+    for group in copies.values():
+        splits, names, paths = zip(*group)
+        line = " = ".join(paths)
+        if len(set(splits)) > 1:
+            leaked.append(line)
+        if len(set(names)) > 1:
+            ambiguous.append(line)
+        if len(group) > len(set(zip(splits, names))):
+            repeated.append(line)
+    problems["images in both train/ and val/, which flatter val accuracy"] = leaked
+    problems["images in more than one class"] = ambiguous
+    notes["images twice or more in the same class of the same split"] = repeated
+    for kind, found in (("note", notes), ("problem", problems)):
+        for what, items in found.items():
+            if items:
+                print(f"{kind}: {len(items)} {what}", *items[:20], sep="\n  ")
+                print(f"  and {len(items) - 20} more\n" * (len(items) > 20), end="")
+    count = sum(map(len, problems.values()))
+    print(f"problems found: {count or 'none'}")
+    return int(count > 0)
+
+
+def print_examined(split: str, images: ImageFolder, examined: list[Examined]) -> None:
+    counts = Counter(images.targets).most_common()
+    print(f"{split + '/':7}{len(images)} images, {len(images.classes)} classes" + (
+        f", of {counts[-1][1]} ({images.classes[counts[-1][0]]}) to {counts[0][1]} "
+        f"({images.classes[counts[0][0]]}) images" if counts else ""))
+    sizes = [image.size for image in examined if not image.error]
+    if sizes:
+        least, median, most = ("{} x {}".format(*map(function, zip(*sizes)))
+                               for function in (min, statistics.median_low, max))
+        modes = Counter(image.mode for image in examined if not image.error).most_common()
+        print(f"       {least} to {most} pixels, median {median}; "
+              + ", ".join(f"{mode} {times}" for mode, times in modes))
 
 
 class Augmented(Dataset):
@@ -574,7 +656,7 @@ class Checkpointer:
         if rank() > 0:
             return
         settings = {name: value for name, value in vars(args).items()
-                    if name not in ("out", "resume", "compare")}
+                    if name not in ("out", "resume", "compare", "check")}
         checkpoint = {"model": run.model.model.state_dict(), "arch": "resnet18",
                       "classes": self.data.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
                       "std": list(IMAGENET_STD), "epoch": run.epoch,
@@ -855,6 +937,9 @@ def make_parser() -> Parser:
     group.add_argument("--report", action=argparse.BooleanOptionalAction, default=False,
                        help="write report.html in --out, anew after each epoch: figures, charts "
                        "and images, to be watched in a browser")
+    group.add_argument("--check", action="store_true", help="instead of training, read every image "
+                       "and tell what would make it fail or mislead: unreadable images, classes "
+                       "without images or in one split only, copies within and across splits")
     group.add_argument("--skip-unreadable", action=argparse.BooleanOptionalAction, default=False,
                        help="leave out images that cannot be read, having tried all at the start")
     group = parser.add_argument_group("training")
@@ -1134,7 +1219,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     with process_group():
         args = make_parser().parse_args(arguments)
-        code = compare(args, arguments) if args.compare else fine_tune(arguments)
+        code = (check(args) if args.check else
+                compare(args, arguments) if args.compare else fine_tune(arguments))
     if code:
         sys.exit(code)
 
