@@ -24,13 +24,14 @@ import difflib
 import os
 import textwrap
 import zipfile
+from collections import defaultdict
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights, resnet18
+from torchvision import models
 from torchvision.transforms import v2
 
 # The statistics that torchvision's ImageNet weights were trained with, in RGB order.
@@ -110,13 +111,13 @@ class HookedModel(nn.Module):
     Shape:
         - images: (N, 3, H, W)
         - returns logits (N, num_classes), student features (N, C_s, H_s, W_s) and teacher
-          features (N, C_t, H_t, W_t)
+          features (N, C_t, H_t, W_t); or tokens (N, L, C), if that is what the layers give
 
     Raises:
         ValueError: a layer is not in the network; the message lists close matches.
 
     Example:
-        >>> with HookedModel(resnet18(num_classes=10)) as hooked:
+        >>> with HookedModel(models.resnet18(num_classes=10)) as hooked:
         ...     logits, student, teacher = hooked(torch.randn(2, 3, 64, 64))
         >>> logits.shape, student.shape, teacher.shape
         (torch.Size([2, 10]), torch.Size([2, 128, 8, 8]), torch.Size([2, 512, 2, 2]))
@@ -151,21 +152,28 @@ class HookedModel(nn.Module):
                 raise RuntimeError(f"layer {name!r} took no part in the network's forward")
         return logits, student, teacher
 
-    @torch.no_grad()
-    def feature_channels(self, size: int = 64) -> tuple[int, int]:
-        """Channels of the student's and the teacher's features, from a dry run on one image.
+    def dry_run(self, size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+        """What forward returns for one black image, in eval mode; the network stays as it is.
 
         Args:
             size: height and width of that image, in pixels.
+
+        Raises:
+            ValueError: a layer gives neither maps nor tokens.
         """
-        training = {module: module.training for module in self.modules()}
-        self.eval()  # a dry run in training mode would move the batch norms' statistics
-        like = next(self.parameters())
-        _, student, teacher = self(torch.zeros(1, 3, size, size, device=like.device,
-                                               dtype=like.dtype))
-        for module, mode in training.items():
-            module.training = mode
-        return student.shape[1], teacher.shape[1]
+        logits, *features = _dry_run(self, size)
+        for name, output in zip(self.layer_names, features):
+            if not _is_map(output) and output.ndim != 3:
+                raise ValueError(f"layer {name!r} gives features of the shape "
+                                 f"{tuple(output.shape)}, which are neither maps (N, C, H, W) nor "
+                                 "tokens (N, L, C)")
+        return logits, *features
+
+    def feature_channels(self, size: int = 64) -> tuple[int, int]:
+        """Channels of the student's and the teacher's features, from a `dry_run`."""
+        _, student, teacher = self.dry_run(size)
+        return tuple(features.shape[1 if features.ndim == 4 else 2]
+                     for features in (student, teacher))
 
     def remove_hooks(self) -> None:
         """Leave the network as it was; calling it twice is fine."""
@@ -189,42 +197,131 @@ def _find_layer(model: nn.Module, name: str) -> nn.Module:
     return layers[name]
 
 
-def hooked_resnet18(num_classes: int, weights: str | os.PathLike = "imagenet") -> HookedModel:
-    """A torchvision ResNet18 with `num_classes` outputs, hooked at layer2.1 and layer4.1.
+@torch.no_grad()
+def _dry_run(network: nn.Module, size: int) -> object:
+    training = {module: module.training for module in network.modules()}
+    network.eval()  # in training mode it would move the batch norms' statistics
+    like = next(network.parameters())
+    try:
+        return network(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _is_map(output: object) -> bool:
+    """Whether this is a feature map (N, C, H, W) of a square image; (N, H, W, C) is none."""
+    return isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3]
+
+
+def find_layers(model: nn.Module, size: int = 224) -> tuple[str, str]:
+    """Names of the student's and the teacher's layer that suit a network.
+
+    The teacher is the last layer with the smallest maps, the student the last one with maps of four
+    times their height: of ResNets, layer4 and layer2. Of a network whose maps are all alike, such
+    as a vision transformer, they are the last of its blocks and the one half-way.
 
     Args:
-        num_classes: outputs of the classifier, at least 1.
-        weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none" (random), or a
-            file that holds a ResNet18's state dict, alone or under the key "model". A file's
-            classifier is kept if it has `num_classes` outputs; otherwise it is made anew.
+        size: height and width, in pixels, of an image that the network takes.
 
     Raises:
-        ValueError: num_classes is below 1, or the file holds something else.
+        ValueError: there are no such layers.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    outputs: dict[str, Tensor] = {}  # of each module, in the order in which they finish
+
+    def record(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            outputs[name] = output
+
+    handles = [module.register_forward_hook(partial(record, name))
+               for name, module in modules.items()]
+    try:
+        _dry_run(model, size)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    outermost = {id(output): name for name, output in outputs.items()}  # of those that hand it on
+    sides = {name: outputs[name].shape[-1] for name in outermost.values()
+             if _is_map(outputs[name]) and outputs[name].shape[-1] > 1}
+    if len(set(sides.values())) > 2:
+        smallest, _, four_times, *_ = sorted(set(sides.values()))
+        return tuple(min(reversed([name for name in sides if sides[name] == side]),
+                         key=lambda name: name.count(".")) for side in (four_times, smallest))
+    alike = defaultdict(list)
+    for name, output in outputs.items():
+        if output.ndim == 3:
+            alike[name.rpartition(".")[0], type(modules[name])].append(name)
+    blocks = max(alike.values(), key=len, default=[])
+    if len(blocks) < 2:
+        raise ValueError(f"no layers of {type(model).__name__} suggest themselves as student and "
+                         "teacher: give their names")
+    return blocks[len(blocks) // 2 - 1], blocks[-1]
+
+
+def find_classifier(model: nn.Module) -> str:
+    """The name of the layer that gives the logits: the last one that is linear or convolves."""
+    return [name for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+
+
+def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = "imagenet",
+                      student_layer: str | None = None,
+                      teacher_layer: str | None = None) -> HookedModel:
+    """A classifier of torchvision's with `num_classes` outputs, hooked at two of its layers.
+
+    Args:
+        arch: name of a function in torchvision.models, such as "resnet50".
+        num_classes: outputs of the classifier, at least 1.
+        weights: "imagenet" (torchvision's best, downloaded once), "none" (random), or a file that
+            holds a state dict of this network, alone or under the key "model". A file's
+            classifying layer is kept if it has `num_classes` outputs; otherwise it is made anew.
+        student_layer: see `HookedModel`. Default: that of `find_layers`
+        teacher_layer: the same.
+
+    Raises:
+        ValueError: there is no such network or layer, num_classes is below 1, or the file holds
+            something else.
         OSError: the weights cannot be downloaded, or the file cannot be read.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    if weights == "none":
-        model = resnet18(num_classes=num_classes)
-    elif weights == "imagenet":
-        model = resnet18(weights=ResNet18_Weights.IMAGENET1K_V1)
+    known = models.list_models(module=models)
+    if arch not in known:
+        close = difflib.get_close_matches(arch, known, n=5, cutoff=0.3) or known[:5]
+        raise ValueError(f"no classifier {arch!r} in torchvision.models; did you mean one of "
+                         f"{', '.join(close)}?")
+    model = models.get_model(arch, num_classes=num_classes)
+    if hasattr(model, "aux_logits"):
+        raise ValueError(f"{arch} returns more than logits in training, which no loss here takes")
+    if weights != "none":
+        _load_weights(model, arch, weights)
+    if student_layer is None or teacher_layer is None:
+        found = find_layers(model)
+        student_layer, teacher_layer = student_layer or found[0], teacher_layer or found[1]
+    return HookedModel(model, student_layer, teacher_layer)
+
+
+def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> None:
+    if weights == "imagenet":
+        state = models.get_model_weights(arch).DEFAULT.get_state_dict(check_hash=True)
     else:
-        model = _resnet18_from_file(weights)
-    if model.fc.out_features != num_classes or weights == "imagenet":
-        model.fc = nn.Linear(model.fc.in_features, num_classes)
-    return HookedModel(model)
-
-
-def _resnet18_from_file(path: str | os.PathLike) -> nn.Module:
-    state = load_tensors(path)
-    state = state.get("model", state)
+        state = load_tensors(weights)
     try:
-        model = resnet18(num_classes=len(state["fc.weight"]))
+        state, own, head = state.get("model", state), model.state_dict(), find_classifier(model)
+        for name in (f"{head}.weight", f"{head}.bias"):
+            if weights == "imagenet" or state[name].shape != own[name].shape:
+                state[name] = own[name]
         model.load_state_dict(state)
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        reason = textwrap.shorten(str(error), 200)
-        raise ValueError(f"{path}: not the weights of a torchvision resnet18: {reason}") from None
-    return model
+        raise ValueError(f"{weights}: not the weights of a torchvision {arch}: "
+                         f"{textwrap.shorten(str(error), 200)}") from None
+
+
+def hooked_resnet18(num_classes: int, weights: str | os.PathLike = "imagenet") -> HookedModel:
+    """`hooked_classifier` of ResNet18, at layer2.1 and layer4.1, as published."""
+    return hooked_classifier("resnet18", num_classes, weights, "layer2.1", "layer4.1")
 
 
 def load_tensors(path: str | os.PathLike) -> dict:
@@ -285,10 +382,16 @@ class _TwoTermLoss(nn.Module):
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
-def _check_channels(name: str, features: Tensor, channels: int) -> None:
-    if features.ndim != 4 or features.shape[1] != channels:
-        raise ValueError(f"{name} features must have the shape (N, {channels}, H, W), "
-                         f"got {tuple(features.shape)}")
+def pooled(features: Tensor) -> Tensor:
+    """The mean of maps (N, C, H, W) over the image, or of tokens (N, L, C): (N, C)."""
+    return features.mean(dim=(2, 3) if features.ndim == 4 else 1)
+
+
+def _check_channels(name: str, features: Tensor, channels: int, tokens: bool = False) -> None:
+    if not (features.ndim == 4 and features.shape[1] == channels
+            or tokens and features.ndim == 3 and features.shape[2] == channels):
+        raise ValueError(f"{name} features must have the shape (N, {channels}, H, W)"
+                         + f" or (N, L, {channels})" * tokens + f", got {tuple(features.shape)}")
 
 
 class SelfDistillationLoss(_TwoTermLoss):
@@ -360,7 +463,7 @@ class SelfDistillationLoss(_TwoTermLoss):
 class AuxiliaryClassifierLoss(_TwoTermLoss):
     r"""Cross-entropy plus that of a linear classifier on the early features.
 
-    The classifier sees the mean of the student features over height and width, and learns from the
+    The classifier sees the mean of the student features over the image, and learns from the
     labels and, if `soft` is above 0, from the network's own output:
 
     .. math::
@@ -384,7 +487,7 @@ class AuxiliaryClassifierLoss(_TwoTermLoss):
 
     Shape:
         - student_logits: (N, num_classes); labels: (N)
-        - student_intermediate: (N, student_channels, H, W)
+        - student_intermediate: (N, student_channels, H, W), or tokens (N, L, student_channels)
         - teacher_intermediate: not used; here for the same call as `SelfDistillationLoss`
         - returns a scalar
 
@@ -413,8 +516,8 @@ class AuxiliaryClassifierLoss(_TwoTermLoss):
     def distillation(self, logits: Tensor, labels: Tensor, student: Tensor,
                      teacher: Tensor | None = None) -> Tensor:
         """The loss of the early classifier, a scalar."""
-        _check_channels("student", student, self.classifier.in_features)
-        early = self.classifier(student.mean(dim=(2, 3)))  # (N, K)
+        _check_channels("student", student, self.classifier.in_features, tokens=True)
+        early = self.classifier(pooled(student))  # (N, K)
         hard = self.cross_entropy(early, labels)
         if not self.soft:
             return hard

@@ -47,7 +47,8 @@ import evaluate
 import selfdistill
 import train
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, AuxiliaryClassifierLoss, HookedModel,
-                         SelfDistillationLoss, hooked_resnet18, train_transform, val_transform)
+                         SelfDistillationLoss, find_classifier, find_layers, hooked_classifier,
+                         hooked_resnet18, train_transform, val_transform)
 
 HERE = Path(__file__).resolve().parent
 
@@ -303,6 +304,37 @@ class HookedModelTest(unittest.TestCase):
                 criterion(logits, torch.tensor([1, 2]), *features).backward()
                 self.assertEqual(criterion.adapter.weight.grad.shape, (*channels, 1, 1))
 
+    def test_layers_that_suit_a_network_are_found(self) -> None:
+        for arch, layers, classifier in (
+                ("resnet18", ("layer2", "layer4"), "fc"),
+                ("mobilenet_v3_small", ("features.3", "features"), "classifier.3"),
+                ("convnext_tiny", ("features.3", "features"), "classifier.2"),
+                ("densenet121", ("features.denseblock2", "features"), "classifier"),
+                ("shufflenet_v2_x1_0", ("stage2", "conv5"), "fc")):
+            with self.subTest(arch=arch):
+                model = models.get_model(arch, num_classes=10)
+                self.assertEqual((find_layers(model), find_classifier(model)),
+                                 (layers, classifier))
+        transformer = models.VisionTransformer(32, 8, num_layers=4, num_heads=2, hidden_dim=16,
+                                               mlp_dim=16)
+        self.assertEqual(find_layers(transformer, size=32), (
+            "encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_3"))
+        self.assertEqual(find_classifier(transformer), "heads.head")
+        with self.assertRaisesRegex(ValueError, "no layers of Sequential suggest themselves"):
+            find_layers(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()), size=32)
+
+    def test_tokens_are_taken_and_maps_of_another_order_refused(self) -> None:
+        tokens = HookedModel(nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(2), nn.Identity()),
+                             "1", "2")
+        tokens.model[1].register_forward_hook(lambda layer, inputs, output: output.mT,
+                                              prepend=True)
+        self.assertEqual(tokens.feature_channels(32), (4, 4))
+        moved = HookedModel(nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Identity()), "0", "1")
+        moved.model[0].register_forward_hook(
+            lambda layer, inputs, output: output.permute(0, 2, 3, 1), prepend=True)
+        with self.assertRaisesRegex(ValueError, r"layer '0' gives .*\(1, 2, 2, 4\), which are nei"):
+            moved.feature_channels(16)
+
     def test_the_dry_run_leaves_the_network_as_it_was(self) -> None:
         hooked = HookedModel(self.model).train()
         self.model.layer1.eval()
@@ -347,6 +379,23 @@ class WeightsTest(TestCase):
                 assert_close(model.layer4.state_dict(), pretrained.layer4.state_dict())
                 self.assertEqual(model.fc.out_features, classes)
                 self.assertFalse(torch.equal(model.fc.weight, pretrained.fc.weight[:classes]))
+
+    def test_other_networks_get_their_weights_and_a_new_classifier(self) -> None:
+        pretrained = models.mobilenet_v3_small().state_dict()
+        with mock.patch.object(models.MobileNet_V3_Small_Weights.DEFAULT, "get_state_dict",
+                               lambda **options: dict(pretrained), create=True):
+            model = hooked_classifier("mobilenet_v3_small", 1000)
+        self.assertEqual(model.layer_names, ("features.3", "features"))
+        differing = {name for name, value in model.model.state_dict().items()
+                     if not torch.equal(value, pretrained[name])}
+        self.assertEqual(differing, {"classifier.3.weight"})  # biases begin at nought
+
+    def test_what_is_no_classifier_is_refused(self) -> None:
+        for arch, message in (("resnet81", "no classifier 'resnet81' .* one of resnet18, "),
+                              ("fcn_resnet50", "no classifier 'fcn_resnet50'"),
+                              ("googlenet", "returns more than logits")):
+            with self.assertRaisesRegex(ValueError, message):
+                hooked_classifier(arch, 10, "none")
 
     def test_a_file_keeps_its_classifier_only_if_that_fits(self) -> None:
         saved = resnet18(num_classes=5)
@@ -494,6 +543,15 @@ class AuxiliaryClassifierLossTest(unittest.TestCase):
             self.assertEqual(self.logits.grad.abs().max(), 0)
             self.assertGreater(self.student.grad.abs().min(), 0)
             self.assertGreater(self.criterion.classifier.weight.grad.abs().max(), 0)
+
+    def test_tokens_are_averaged_as_maps_are(self) -> None:
+        maps = torch.randn(2, 4, 3, 5)
+        criterion = AuxiliaryClassifierLoss(num_classes=3, student_channels=4)
+        logits, labels = torch.randn(2, 3), torch.tensor([0, 2])
+        assert_close(criterion(logits, labels, maps.flatten(2).mT),
+                     criterion(logits, labels, maps))
+        with self.assertRaisesRegex(ValueError, r"\(N, 4, H, W\) or \(N, L, 4\), got \(2, 4, 3\)"):
+            criterion(logits, labels, torch.randn(2, 4, 3))
 
     def test_both_cross_entropies_are_smoothed(self) -> None:
         # 0.9 of the label's -ln 3/4 and 0.1 of the other's -ln 1/4; ln 2 stays ln 2
@@ -896,6 +954,24 @@ class TrainingTest(TestCase):
             self.assertEqual(html.count("data:image/jpeg;base64,"), 9 + 18)
         self.assertEqual((self.folder / "report.html").read_text(), pages[-1])
 
+    def test_another_network_is_trained_resumed_and_evaluated(self) -> None:
+        torch.save(models.mobilenet_v3_small(num_classes=5).state_dict(), self.folder / "given.pth")
+        flags = ("--arch", "mobilenet_v3_small", "--weights", self.folder / "given.pth")
+        printed = run_training(self.data, self.folder / "out", *flags, "--student-layer",
+                               "features.2", "--size", 64)
+        self.assertIn("mobilenet_v3_small, weights", printed)
+        self.assertIn("student features.2, teacher features\nmachine", printed)
+        self.assertIn("epoch 0/1  only the classifier fitted", printed)
+        last = torch.load(self.folder / "out" / "last.pt", weights_only=True)
+        self.assertEqual(last["exits"].keys(), {"features.2"})
+        models.mobilenet_v3_small(num_classes=3).load_state_dict(last["model"])
+        run(train.main, "--resume", "--out", self.folder / "out")
+        self.assertIn("--student-layer features.3 contradicts the run to resume, which has "
+                      "features.2", self.error_of(train.main, "--resume", "--out", self.folder
+                                                  / "out", "--student-layer", "features.3"))
+        figures = self.evaluate(self.folder / "out" / "last.pt")
+        self.assertEqual(figures["top1"], read_log(self.folder / "out")[0]["val_acc"])
+
     def test_results_of_an_earlier_run_are_kept(self) -> None:
         run_training(self.data, self.folder)
         earlier = {name: (self.folder / name).read_bytes() for name in ("best.pt", "log.jsonl")}
@@ -956,8 +1032,8 @@ class HealthTest(TestCase):
         folder = evaluate.ImageFolder(write_images(self.folder / "images") / "train",
                                       val_transform(64, normalized=False))
         augmented = train.Augmented(folder, train_transform(64, normalized=False))
-        self.data = SimpleNamespace(train_set=folder,
-                                    train_loader=SimpleNamespace(dataset=augmented))
+        loader = SimpleNamespace(dataset=augmented)
+        self.data = train.Data(folder, folder, loader, loader, fingerprints={})
         images, self.labels = torch.utils.data.default_collate(
             [augmented[k, train.mix(5, 2)] for k in range(18)])
         self.images = evaluate.to_device(images, torch.device("cpu"))
@@ -1224,12 +1300,12 @@ class ResumeTest(TestCase):
 
     def test_it_goes_on_with_the_very_next_batch_and_random_number(self) -> None:
         def with_dropout(*arguments: object) -> HookedModel:
-            model = hooked_resnet18(*arguments)
+            model = hooked_classifier(*arguments)
             model.model.avgpool.register_forward_hook(
                 lambda layer, inputs, output: nn.functional.dropout(output, 0.5, layer.training))
             return model
 
-        with mock.patch.object(train, "hooked_resnet18", with_dropout):
+        with mock.patch.object(train, "hooked_classifier", with_dropout):
             run_training(self.data, self.folder / "expected", "--epochs", 2)
             stopped = self.stop_after(3 + 2 + 1)  # batches of epoch 1, of its val, of epoch 2
             self.assertEqual((stopped["epoch"], stopped["batch"]), (1, 1))
@@ -1583,8 +1659,8 @@ class DamagedFilesTest(TestCase):
             torch.save(resnet18(num_classes=3).state_dict(), path,
                        _use_new_zipfile_serialization=in_a_zip)
             for _ in self.damaged(path):
-                with contextlib.suppress(evaluate.UserError):
-                    train.make_model(str(path), 3, torch.device("cpu"))
+                with contextlib.suppress(ValueError):
+                    hooked_resnet18(3, path)
 
     def test_a_zip_bomb_is_refused_before_it_is_unpacked(self) -> None:
         path = self.folder / "best.pt"
@@ -1936,9 +2012,16 @@ class BadInputTest(TestCase):
                 ({"fc.weight": torch.zeros(3, 512)}, "not the weights of a torchvision"),
                 ({"model": torch.zeros(3)}, "not the weights of a torchvision")):
             torch.save(content, path)
-            self.assertIn(f"--weights {path}: {message}", self.train_error("--weights", path))
+            self.assertIn(f"error: {path}: {message}", self.train_error("--weights", path))
         path.write_bytes(path.read_bytes()[:200])
         self.assertIn("not a checkpoint: damaged", self.train_error("--weights", path))
+
+    def test_networks_that_cannot_be_trained_here(self) -> None:
+        for flags, message in (
+                (("--arch", "resnet81"), "no classifier 'resnet81' in torchvision.models"),
+                (("--student-layer", "layer9"), "no layer 'layer9' in ResNet; did you mean"),
+                (("--arch", "vit_b_16"), "vit_b_16 cannot be trained at --size 32 .*Wrong image")):
+            self.assertRegex(self.train_error(*flags), message)
 
     def test_weights_that_cannot_be_downloaded(self) -> None:
         with (mock.patch.dict(os.environ, TORCH_HOME=str(self.folder)),
@@ -1975,7 +2058,7 @@ class BadInputTest(TestCase):
                 (("--export", "network.pth", "--json", "figures.json"), "takes no --json"),
                 (("--export", "network.pth", "--predict", "a.jpg"), "not allowed with")):
             self.assertIn(message, self.error_of(evaluate.main, checkpoint, *flags))
-        with mock.patch.dict(sys.modules, onnxscript=None):
+        with mock.patch.dict(sys.modules, onnx=None):
             self.assertIn("needs the packages onnx and onnxscript", self.error_of(
                 evaluate.main, checkpoint, "--export", self.folder / "network.onnx"))
 

@@ -30,6 +30,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -50,7 +51,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_colla
 from torchvision import datasets
 
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, AuxiliaryClassifierLoss, HookedModel,
-                         SelfDistillationLoss, hooked_resnet18, train_transform, val_transform)
+                         SelfDistillationLoss, find_classifier, hooked_classifier, train_transform,
+                         val_transform)
 
 # What --recipe chooses. Of these alpha, batch_size and lr are flags too, which override it; lr is
 # for weights given, scratch_lr for random ones. `soft` is that of the auxiliary classifier's loss.
@@ -447,15 +449,20 @@ def refuse_small_batches(batches: EpochBatches, size: int) -> None:
 
 # The network and its optimiser
 
-def make_model(weights: str, num_classes: int, device: torch.device) -> HookedModel:
+def make_model(args: argparse.Namespace, num_classes: int, weights: str,
+               device: torch.device) -> HookedModel:
+    layers = args.student_layer, args.teacher_layer
+    if args.arch == "resnet18":  # as published
+        layers = layers[0] or "layer2.1", layers[1] or "layer4.1"
     try:
         with first_on_its_machine_first():
-            model = hooked_resnet18(num_classes, weights)
+            model = hooked_classifier(args.arch, num_classes, weights, *layers)
     except ValueError as error:
-        raise UserError(f"--weights {error}") from None
+        raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"cannot get the weights {weights!r} ({error}): give a FILE, or none for "
                         "random weights") from None
+    args.student_layer, args.teacher_layer = model.layer_names
     if device.type == "cuda" and world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device, memory_format=torch.channels_last)
@@ -463,13 +470,19 @@ def make_model(weights: str, num_classes: int, device: torch.device) -> HookedMo
 
 def make_criterion(args: argparse.Namespace, model: HookedModel, num_classes: int) -> Loss:
     recipe = RECIPES[args.recipe]
-    student_channels, teacher_channels = model.feature_channels()
-    if args.recipe == "blog":
-        criterion = SelfDistillationLoss(args.alpha, student_channels, teacher_channels)
-    else:
-        criterion = AuxiliaryClassifierLoss(num_classes, args.alpha, student_channels,
-                                            recipe["soft"],
-                                            label_smoothing=recipe["label_smoothing"])
+    try:
+        logits, *features = model.dry_run(args.size)
+        student_channels, teacher_channels = model.feature_channels(args.size)
+        if args.recipe == "blog":
+            criterion = SelfDistillationLoss(args.alpha, student_channels, teacher_channels)
+        else:
+            criterion = AuxiliaryClassifierLoss(num_classes, args.alpha, student_channels,
+                                                recipe["soft"],
+                                                label_smoothing=recipe["label_smoothing"])
+        criterion.to(logits.device)(logits, logits.argmax(dim=1), *features)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{args.arch} cannot be trained at --size {args.size} by --recipe "
+                        f"{args.recipe}: {textwrap.shorten(str(error), 200)}") from None
     # The published adapter is never trained; without distillation, nothing of the loss is.
     return criterion.requires_grad_(args.recipe != "blog" and args.distillation)
 
@@ -657,12 +670,12 @@ class Checkpointer:
             return
         settings = {name: value for name, value in vars(args).items()
                     if name not in ("out", "resume", "compare", "check")}
-        checkpoint = {"model": run.model.model.state_dict(), "arch": "resnet18",
+        checkpoint = {"model": run.model.model.state_dict(), "arch": args.arch,
                       "classes": self.data.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
                       "std": list(IMAGENET_STD), "epoch": run.epoch,
                       "val_acc": max(0.0, (run.log or [run.best])[-1]["val_acc"]),
                       "data": args.data, "args": settings}
-        if args.distillation and isinstance(run.criterion, AuxiliaryClassifierLoss):
+        if run.epoch and args.distillation and isinstance(run.criterion, AuxiliaryClassifierLoss):
             layer = run.model.layer_names[0]
             checkpoint["exits"] = {layer: run.criterion.classifier.state_dict()}
         if (run.epoch, run.batch) == (run.best["epoch"], 0):
@@ -769,13 +782,14 @@ def fit_classifier(run: Run, data: Data, args: argparse.Namespace,
     loader = make_loader(Subset(data.train_set, chosen[rank()::world_size()]), run.device,
                          data.val_loader.num_workers, batch_size=data.val_loader.batch_size)
     batches = checkpointer.attend(loader, math.ceil(count / args.batch_size))
-    model = run.model.model
-    classifier, model.fc = model.fc, nn.Identity()
+    model, name = run.model.model, find_classifier(run.model.model)
+    classifier = model.get_submodule(name)
+    model.set_submodule(name, nn.Identity())
     try:
-        parts = [(features.cpu(), labels.cpu()) for features, labels
+        parts = [(features.cpu(), labels) for features, labels
                  in outputs(model, batches, run.device, args.precision)]
     finally:
-        model.fc = classifier
+        model.set_submodule(name, classifier)
     features, labels = (torch.cat(part).to(run.device) for part in zip(*gather(parts)))
     for parameter in classifier.parameters():
         nn.init.zeros_(parameter)
@@ -793,6 +807,8 @@ def fit_classifier(run: Run, data: Data, args: argparse.Namespace,
 
 def begin(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpointer) -> None:
     """Epoch 0: the accuracy of the weights given, once a classifier is fitted to them."""
+    if not isinstance(run.model.model.get_submodule(find_classifier(run.model.model)), nn.Linear):
+        return
     start = time.perf_counter()
     fit_classifier(run, data, args, checkpointer)
     predictions = validate(run, data, args, checkpointer)
@@ -811,7 +827,7 @@ def report(run: Run, data: Data, args: argparse.Namespace, predictions: Predicti
         return
     augmented = [(image, data.classes[label])
                  for image, label in data.augmented(20, mix(args.seed, run.epoch))]
-    html = page(f"{args.out}: resnet18 after epoch {run.epoch} of {args.epochs}",
+    html = page(f"{args.out}: {args.arch} after epoch {run.epoch} of {args.epochs}",
                 summarize(predictions, data.classes), predictions, data.val_set, run.log,
                 augmented, refresh=run.epoch < args.epochs)
     write_file(Path(args.out, "report.html"), html.encode(errors="backslashreplace"))
@@ -840,13 +856,15 @@ def health(run: Run, data: Data, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def norm_and_spread(features: Tensor) -> tuple[float, float]:
-    """Of features (N, C, H, W): the mean length over the channels, the spread of the directions.
+    """The mean length of features over the channels, and the spread of their directions.
 
-    That is the root mean square of their distance from their mean, from 0 (all alike) to 1.
+    The spread is the root mean square distance from their mean, from 0 (all alike) to 1. Features
+    are maps (N, C, H, W) or tokens (N, L, C).
     Features that collapse are alike: Chen & He, SimSiam, arXiv:2011.10566, section 4.1.
     """
+    features = features.flatten(2) if features.ndim == 4 else features.mT  # (N, C, positions)
     directions = F.normalize(features, dim=1)
-    away = directions - directions.mean(dim=(0, 2, 3), keepdim=True)
+    away = directions - directions.mean(dim=(0, 2), keepdim=True)
     return features.norm(dim=1).mean().item(), away.square().sum(dim=1).mean().sqrt().item()
 
 
@@ -961,6 +979,12 @@ def make_parser() -> Parser:
     group.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, metavar="N",
                        help="of weights, order and augmentation (default: 0)")
     group = parser.add_argument_group("network")
+    group.add_argument("--arch", metavar="NAME", default="resnet18", help="any classifier of "
+                       "torchvision.models, such as resnet50 or vit_b_16 (default: resnet18)")
+    group.add_argument("--student-layer", metavar="NAME", help="the early layer that the second "
+                       "term acts on (default: found; of resnet18, layer2.1)")
+    group.add_argument("--teacher-layer", metavar="NAME", help="the deep layer that --recipe blog "
+                       "compares it with (default: found; of resnet18, layer4.1)")
     group.add_argument("--weights", metavar="imagenet|none|FILE", help="initial weights (default: "
                        "imagenet; none for the drawn shapes)")
     group.add_argument("--size", type=number(int, *SIZES), metavar="PIXELS",
@@ -1039,8 +1063,8 @@ def refuse_contradictions(args: argparse.Namespace, before: argparse.Namespace) 
     """Where a run may not change between its parts."""
     if args.precision == "auto":
         args.precision = before.precision
-    for name in ("recipe", "batch_size", "lr", "alpha", "distillation", "size", "weights", "seed",
-                 "precision"):
+    for name in ("recipe", "batch_size", "lr", "alpha", "distillation", "arch", "student_layer",
+                 "teacher_layer", "size", "weights", "seed", "precision"):
         if getattr(args, name) != getattr(before, name):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run "
                             f"to resume, which has {getattr(before, name)}")
@@ -1069,8 +1093,9 @@ def make_out(out: Path, names: tuple[str, ...], resumed: bool) -> None:
 def make_run(args: argparse.Namespace, device: torch.device, data: Data, resumed: bool) -> Run:
     """A run at its start; one to be resumed needs no initial weights."""
     torch.manual_seed(args.seed)
-    model = make_model("none" if resumed else args.weights, len(data.classes), device)
-    criterion = make_criterion(args, model, len(data.classes)).to(device)
+    weights = "none" if resumed else args.weights
+    model = make_model(args, len(data.classes), weights, device)
+    criterion = make_criterion(args, model, len(data.classes))
     optimizer = make_optimizer(args, model, criterion)
     scheduler = make_scheduler(optimizer, RECIPES[args.recipe]["one_cycle"],
                                args.epochs * len(data.train_loader))
@@ -1117,7 +1142,8 @@ def fine_tune(arguments: list[str]) -> int:
 
     print(f"data       {args.data}: {len(data.train_set)} train and {len(data.val_set)} val "
           f"images, {len(data.classes)} classes")
-    print(f"network    resnet18, weights: {args.weights}")
+    print(f"network    {args.arch}, weights: {args.weights}, student {args.student_layer}, "
+          f"teacher {args.teacher_layer}")
     print(f"machine    {device}, {args.precision}, {data.train_loader.num_workers} workers"
           + (f" for each of {world_size()} processes" if dist.is_initialized() else ""))
     print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr {args.lr:g}, "
@@ -1128,8 +1154,8 @@ def fine_tune(arguments: list[str]) -> int:
     with Checkpointer(run, args, data) as checkpointer:
         try:
             checkpointer.save()
-            pretrained = RECIPES[args.recipe]["fit_classifier"] and args.weights != "none"
-            if pretrained and run.best == NONE_YET and (run.epoch, run.batch) == (0, 0):
+            at_start = (run.best, run.epoch, run.batch) == (NONE_YET, 0, 0)
+            if at_start and args.weights != "none" and RECIPES[args.recipe]["fit_classifier"]:
                 begin(run, data, args, checkpointer)
             train(run, data, args, checkpointer)
         except Stopped as stopped:
