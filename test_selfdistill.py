@@ -86,10 +86,14 @@ def run(main: Callable, *arguments: object) -> str:
 
 
 def tiny(data: Path, out: Path, *arguments: object) -> list[str]:
-    """The flags of a short run on the smallest images, unless `arguments` say otherwise."""
+    """The flags of a short run of a small network, unless `arguments` say otherwise."""
     return [str(argument) for argument in
-            ("--data", data, "--out", out, "--size", 32, "--weights", "none", "--epochs", 1,
-             "--batch-size", 8, "--workers", 0, "--precision", "fp32", *arguments)]
+            ("--data", data, "--out", out, "--arch", "mobilenet_v3_small", "--size", 32,
+             "--weights", "none", "--epochs", 1, "--batch-size", 8, "--workers", 0,
+             "--precision", "fp32", *arguments)]
+
+
+RESNET18 = ("--arch", "resnet18")
 
 
 def run_training(data: Path, out: Path, *arguments: object) -> str:
@@ -833,13 +837,13 @@ class TrainingTest(TestCase):
         cls.addClassCleanup(temporary.cleanup)
         cls.data = write_images(Path(temporary.name, "images"))
         cls.out = Path(temporary.name, "out")
-        cls.printed = run_training(cls.data, cls.out, "--epochs", 2)
+        cls.printed = run_training(cls.data, cls.out, *RESNET18, "--epochs", 2)
         cls.best = torch.load(cls.out / "best.pt", weights_only=True)
         cls.last = torch.load(cls.out / "last.pt", weights_only=True)
         cls.log = read_log(cls.out)
 
     def weights_of(self, *arguments: object) -> dict[str, torch.Tensor]:
-        run_training(self.data, self.folder, "--epochs", 2, *arguments)
+        run_training(self.data, self.folder, *RESNET18, "--epochs", 2, *arguments)
         last = torch.load(self.folder / "last.pt", weights_only=True)
         return last["model"] | last["run"]["criterion"]
 
@@ -931,7 +935,7 @@ class TrainingTest(TestCase):
         torch.manual_seed(0)
         weights = resnet18(num_classes=5).state_dict()
         torch.save(weights, self.folder / "weights.pth")
-        printed = run_training(self.folder / "images", self.folder / "out", "--size", 64,
+        printed = run_training(self.folder / "images", self.folder / "out", *RESNET18, "--size", 64,
                                "--lr", 1e-9, "--weights", self.folder / "weights.pth")
         self.assertIn("epoch 0/1  only the classifier fitted  val acc ", printed)
         best = torch.load(self.folder / "out" / "best.pt", weights_only=True)
@@ -1324,7 +1328,8 @@ class ResumeTest(TestCase):
         self.assert_same_run(self.folder / "out", self.folder / "expected")
 
     def test_a_run_stopped_before_its_first_epoch_fits_the_classifier_anew(self) -> None:
-        torch.save(resnet18(num_classes=5).state_dict(), self.folder / "weights.pth")
+        torch.save(models.mobilenet_v3_small(num_classes=5).state_dict(),
+                   self.folder / "weights.pth")
         weights = ("--weights", self.folder / "weights.pth")
         run_training(self.data, self.folder / "expected", "--epochs", 2, *weights)
         stopped = self.stop_after(1, *weights)
@@ -1437,7 +1442,8 @@ class ResumeTest(TestCase):
                       self.error_of(train.main, "--resume", self.folder / "last.pt"))
 
     def test_the_initial_weights_are_not_needed_again(self) -> None:
-        torch.save(resnet18(num_classes=3).state_dict(), self.folder / "weights.pth")
+        torch.save(models.mobilenet_v3_small(num_classes=3).state_dict(),
+                   self.folder / "weights.pth")
         run_training(self.data, self.folder / "out", "--weights", self.folder / "weights.pth")
         (self.folder / "weights.pth").unlink()
         run(train.main, "--out", self.folder / "out", "--resume")
@@ -1450,7 +1456,7 @@ class ResumeTest(TestCase):
         self.assertEqual(evaluate.read_checkpoint(self.folder / "other" / "best.pt")["epoch"], 2)
 
     def test_a_full_disk_leaves_the_earlier_files(self) -> None:
-        for limit, name in ((80_000_000, "last.pt"), (30_000_000, "best.pt")):
+        for limit, name in ((10_000_000, "last.pt"), (4_000_000, "best.pt")):
             run_training(self.data, self.folder / "out", "--recipe", "blog")
             last = (self.folder / "out" / "last.pt").read_bytes()
             process = self.start("out", "--recipe", "blog", "--resume",
@@ -1506,8 +1512,8 @@ class ProcessesTest(TestCase):
             environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]),
                            "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
                            "TORCHELASTIC_RUN_ID": "test"} if count > 1 else {}
-        flags = tiny(self.folder / "images", self.folder / out, "--size", 64, "--lr", 0.01,
-                     *arguments)
+        flags = tiny(self.folder / "images", self.folder / out, *RESNET18, "--size", 64,
+                     "--lr", 0.01, *arguments)
         processes = [Training(flags, self.folder / f"{out}{rank}.log", partial(
             join_without_batch_norm, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
             for rank in range(count)]
@@ -1949,7 +1955,8 @@ class BadInputTest(TestCase):
         self.data = write_images(self.folder / "images", train_count=2, val_count=1)
 
     def train_error(self, *arguments: object) -> str:
-        return self.error_of(train.main, *tiny(self.data, self.folder / "out", *arguments))
+        flags = tiny(self.data, self.folder / "out", *RESNET18, *arguments)
+        return self.error_of(train.main, *flags)
 
     def write_checkpoint(self, **changes: object) -> Path:
         path = self.folder / "best.pt"

@@ -840,6 +840,7 @@ def health(run: Run, data: Data, seed: int) -> dict[str, float]:
     respect to the student features; then, of the student and the teacher features, what
     `norm_and_spread` tells. A copy of the network is used, so that nothing of the run changes.
     """
+    torch.manual_seed(mix(seed, run.epoch))  # of dropout
     images, labels = default_collate(data.augmented(32, mix(seed, run.epoch)))
     images, labels = to_device(images, run.device), labels.to(run.device)
     logits, student, teacher = copy.deepcopy(run.model).train()(images)
