@@ -317,12 +317,18 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+# What the page shows of a line of log.jsonl.
+LOGGED = ("epoch", "train_loss", "ce_loss", "distillation_loss", "train_acc", "val_loss", "val_acc",
+          "lr")
+
+
 def read_log(checkpoint: Path) -> list[dict]:
     """The lines of the log.jsonl beside a checkpoint, of log.1.jsonl beside best.1.pt; or none."""
+    path = checkpoint.with_name(re.sub("^(best|last)", "log", f"{checkpoint.stem}.jsonl"))
     try:
-        path = checkpoint.with_name(re.sub("^(best|last)", "log", f"{checkpoint.stem}.jsonl"))
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{key: float(line[key]) for key in LOGGED} for line in lines]
+    except (OSError, ValueError, TypeError, LookupError):
         return []
 
 
@@ -653,7 +659,7 @@ def thumbnail(image: Tensor, caption: str) -> str:
             f"<figcaption>{escape(caption)}</figcaption></figure>")
 
 
-def training_charts(log: list[dict]) -> str:
+def training_charts(log: list[dict[str, float]]) -> str:
     """Losses, accuracies and learning rate by epoch."""
     def lines(**keys: str) -> dict[str, list[tuple[float, float]]]:
         return {name: [(line["epoch"], line[key]) for line in log] for name, key in keys.items()}
@@ -661,8 +667,10 @@ def training_charts(log: list[dict]) -> str:
     losses = lines(train="train_loss", cross_entropy="ce_loss", distillation="distillation_loss",
                    val="val_loss")
     accuracies = lines(train="train_acc", val="val_acc")
+    *trained, val = (max(y for _, y in line) for line in losses.values())
     least = min(y for line in accuracies.values() for _, y in line)
-    return (line_chart("loss by epoch", losses)
+    # A val loss far above the others, as of an early epoch, leaves the chart.
+    return (line_chart("loss by epoch", losses, high=max(*trained, min(val, 2 * max(trained))))
             + line_chart("accuracy by epoch", accuracies, high=1,
                          low=min(0.9, math.floor(10 * least) / 10))
             + line_chart("learning rate by epoch", lines(rate="lr")))
