@@ -1,6 +1,9 @@
 """How good a trained classifier is, and where it is wrong.
 
     python evaluate.py best.pt
+    python evaluate.py best.pt --report .              # and a page of figures, charts and mistakes
+    python evaluate.py best.pt --predict photo.jpg     # instead: what it says of other images
+    python evaluate.py best.pt --export network.pt2    # instead: the network, to carry away
 
 needs nothing else: the data, image size, batch size and precision are in the checkpoint, and the
 figures equal those that train.py logged for its epoch. Another folder's `val/`: `--data DIR`.
@@ -454,16 +457,11 @@ class Predictions(NamedTuple):
 def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, object]], device: torch.device,
             precision: str) -> Iterator[tuple[Tensor, object]]:
     """What a network makes of a loader's images, logits (N, K) in fp32; and what came with them."""
-    model = fold_batch_norms(model.eval())
+    model = fuse(model.eval())  # a copy, with batch norms folded into the convolutions before them
     for images, others in batches:
         with autocast(device, precision):
             logits = model(to_device(images, device))
         yield logits.float(), others
-
-
-def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy of a network in eval mode, with batch norms folded into the convolutions before."""
-    return fuse(model)
 
 
 def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device,

@@ -4,7 +4,8 @@
 
 writes best.pt (best by val accuracy), last.pt (everything needed to go on with --resume) and
 log.jsonl (one line an epoch). Without --data it draws a small data set of its own and trains on
-that. The method is in selfdistill.py; `python evaluate.py best.pt` tells how good the result is.
+that; `--check` only reads the images and tells what is wrong with them. The method is in
+selfdistill.py; `python evaluate.py best.pt` tells how good the result is.
 On several processes or machines: `torchrun --nproc-per-node N train.py ...`, the same job.
 """
 # First of all, as it checks that torch and torchvision fit together.
