@@ -305,7 +305,7 @@ def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = 
 
 def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> None:
     if weights == "imagenet":
-        state = models.get_model_weights(arch).DEFAULT.get_state_dict(check_hash=True)
+        state = models.get_model(arch, weights="DEFAULT").state_dict()
     else:
         state = load_tensors(weights)
     try:

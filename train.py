@@ -777,7 +777,7 @@ def fit_classifier(run: Run, data: Data, args: argparse.Namespace,
     Features and Underperform Out-of-Distribution, arXiv:2202.10054. Some of the train images do,
     seen as in validation.
     """
-    count = min(len(data.train_set), 100 * len(data.classes), 20_000)
+    count = min(len(data.train_set), 400 * len(data.classes), 20_000)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(data.train_set), generator=generator)[:count].tolist()
     loader = make_loader(Subset(data.train_set, chosen[rank()::world_size()]), run.device,
