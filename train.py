@@ -295,16 +295,7 @@ def check(args: argparse.Namespace) -> int:
                 copies[image.digest].append((split, images.classes[label], path))
     problems["classes that only one of train/ and val/ has"] = sorted(
         classes["train"] ^ classes["val"])
-    leaked, ambiguous, repeated = [], [], []
-    for group in copies.values():
-        splits, names, paths = zip(*group)
-        line = " = ".join(paths)
-        if len(set(splits)) > 1:
-            leaked.append(line)
-        if len(set(names)) > 1:
-            ambiguous.append(line)
-        if len(group) > len(set(zip(splits, names))):
-            repeated.append(line)
+    leaked, ambiguous, repeated = sort_copies(copies.values())
     problems["images in both train/ and val/, which flatter val accuracy"] = leaked
     problems["images in more than one class"] = ambiguous
     notes["images twice or more in the same class of the same split"] = repeated
@@ -316,6 +307,22 @@ def check(args: argparse.Namespace) -> int:
     count = sum(map(len, problems.values()))
     print(f"problems found: {count or 'none'}")
     return int(count > 0)
+
+
+def sort_copies(groups: Iterable[list[tuple[str, str, str]]]) -> tuple[list[str], ...]:
+    """Of images that are alike, each as split, class and path: those in both splits, those in two
+    classes or more, and those that are together in one class of one split."""
+    leaked, ambiguous, repeated = [], [], []
+    for group in groups:
+        splits, names, paths = zip(*group)
+        line = " = ".join(paths)
+        if len(set(splits)) > 1:
+            leaked.append(line)
+        if len(set(names)) > 1:
+            ambiguous.append(line)
+        if len(group) > len(set(zip(splits, names))):
+            repeated.append(line)
+    return leaked, ambiguous, repeated
 
 
 def print_examined(split: str, images: ImageFolder, examined: list[Examined]) -> None:
