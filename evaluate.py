@@ -733,8 +733,9 @@ def heat_map(matrix: Tensor, classes: list[str], most: int = 30) -> str:
     """A confusion matrix, of the classes with the most mistakes if there are many."""
     mistakes = matrix.sum(dim=0) + matrix.sum(dim=1) - 2 * matrix.diagonal()
     chosen = mistakes.argsort(descending=True, stable=True)[:most].sort().values
-    shares = (matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1))[chosen][:, chosen].tolist()
-    counts, names = matrix[chosen][:, chosen].tolist(), [short(classes[k]) for k in chosen]
+    totals = matrix[chosen].sum(dim=1, keepdim=True).clamp(min=1)
+    matrix, names = matrix[chosen][:, chosen], [short(classes[k]) for k in chosen]
+    counts, shares = matrix.tolist(), (matrix / totals).tolist()
     drawn = []
     for k, name in enumerate(names):
         middle = 106 + 24 * k
