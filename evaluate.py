@@ -193,7 +193,7 @@ def find_images(paths: list[str]) -> list[str]:
     found = []
     for path in paths:
         inside = [path]
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             inside = sorted(str(file) for file in Path(path).rglob("*")
                             if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
             if not inside:
@@ -637,7 +637,7 @@ def page(title: str, summary: dict, predictions: Predictions, dataset: ImageFold
                  heat_map(confusion_matrix(predictions, len(classes)), classes)),
                 ("The most confident mistakes, with label: prediction", thumbnails(wrong)),
                 ("The least certain right answers", thumbnails(least)),
-                ("Train images as the network saw them",
+                ("Augmented train images",
                  "".join(thumbnail(*item) for item in augmented))]
     body = "".join(f"<h2>{heading}</h2><section>{content}</section>\n"
                    for heading, content in sections if content)
@@ -788,6 +788,7 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return (f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes
             else f"{seconds} s")
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
@@ -1002,6 +1003,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"{args.checkpoint} has no exit {args.exit}; it has "
                             f"{listed(list(exits)) or 'none'}")
         model, exits = exits[args.exit], {}
+        checkpoint["arch"] += f" up to {args.exit}"
     if args.export:
         export_checked(args, checkpoint, model)
     elif args.predict:

@@ -152,7 +152,7 @@ class HookedModel(nn.Module):
                 raise RuntimeError(f"layer {name!r} took no part in the network's forward")
         return logits, student, teacher
 
-    def dry_run(self, size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    def dry_run(self, size: int = 224) -> tuple[Tensor, Tensor, Tensor]:
         """What forward returns for one black image, in eval mode; the network stays as it is.
 
         Args:
@@ -163,13 +163,13 @@ class HookedModel(nn.Module):
         """
         logits, *features = _dry_run(self, size)
         for name, output in zip(self.layer_names, features):
-            if not _is_map(output) and output.ndim != 3:
-                raise ValueError(f"layer {name!r} gives features of the shape "
-                                 f"{tuple(output.shape)}, which are neither maps (N, C, H, W) nor "
-                                 "tokens (N, L, C)")
+            if not (_is_map(output) or isinstance(output, Tensor) and output.ndim == 3):
+                shape = tuple(getattr(output, "shape", ())) or type(output).__name__
+                raise ValueError(f"layer {name!r} gives features of the shape {shape}, which are "
+                                 "neither maps (N, C, H, W) nor tokens (N, L, C)")
         return logits, *features
 
-    def feature_channels(self, size: int = 64) -> tuple[int, int]:
+    def feature_channels(self, size: int = 224) -> tuple[int, int]:
         """Channels of the student's and the teacher's features, from a `dry_run`."""
         _, student, teacher = self.dry_run(size)
         return tuple(features.shape[1 if features.ndim == 4 else 2]
@@ -310,7 +310,7 @@ def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> No
         state = load_tensors(weights)
     try:
         state, own, head = state.get("model", state), model.state_dict(), find_classifier(model)
-        for name in (f"{head}.weight", f"{head}.bias"):
+        for name in own.keys() & {f"{head}.weight", f"{head}.bias"}:
             if weights == "imagenet" or state[name].shape != own[name].shape:
                 state[name] = own[name]
         model.load_state_dict(state)

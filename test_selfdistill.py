@@ -734,7 +734,7 @@ class CheckTest(TestCase):
             "  train/circle/photo.heic",
             "note: 1 images twice or more in the same class of the same split",
             "  train/star/1.png = train/star/again.png",
-            "problem: 1 classes without images in train/",
+            "problem: 1 classes without readable images in train/",
             "  empty",
             "problem: 1 unreadable images in val/",
             "  cannot read the image val/circle/bad.jpg: cannot identify image file",
@@ -1039,7 +1039,7 @@ class HealthTest(TestCase):
         loader = SimpleNamespace(dataset=augmented)
         self.data = train.Data(folder, folder, loader, loader, fingerprints={})
         images, self.labels = torch.utils.data.default_collate(
-            [augmented[k, train.mix(5, 2)] for k in range(18)])
+            [augmented[k, train.mix(train.mix(5, 2), k)] for k in range(18)])
         self.images = evaluate.to_device(images, torch.device("cpu"))
 
     def health(self) -> dict[str, float]:

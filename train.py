@@ -267,7 +267,7 @@ def examine(path: str) -> Examined:
         with Image.open(path) as image:
             digest = hashlib.sha256(repr(image.size).encode() + pixels.numpy().tobytes())
             return Examined(image.mode, image.size, digest.digest())
-    except (UserError, OSError) as error:
+    except Exception as error:  # a damaged file can raise nearly anything
         return Examined(error=str(error))
 
 
@@ -282,8 +282,9 @@ def check(args: argparse.Namespace) -> int:
             examined = list(watched(pool.imap(examine, paths, chunksize=8), len(paths),
                                     f"{split} images", size=lambda item: 1))
         print_examined(split, images, examined)
-        classes[split], used = set(images.classes), set(images.targets)
-        problems[f"classes without images in {split}/"] = [
+        classes[split] = set(images.classes)
+        used = {label for label, image in zip(images.targets, examined) if not image.error}
+        problems[f"classes without readable images in {split}/"] = [
             name for label, name in enumerate(images.classes) if label not in used]
         (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
             image.error for image in examined if image.error]
@@ -407,7 +408,8 @@ class Data(NamedTuple):
     def augmented(self, count: int, seed: int) -> list[tuple[Tensor, int]]:
         """So many train images (H, W, 3) from all over the folder, and their labels."""
         indices = torch.linspace(0, len(self.train_set) - 1, min(count, len(self.train_set)))
-        return [self.train_loader.dataset[index, seed] for index in indices.long().tolist()]
+        return [self.train_loader.dataset[index, mix(seed, index)]
+                for index in indices.long().tolist()]
 
 
 def fingerprint(dataset: ImageFolder) -> str:
@@ -835,8 +837,8 @@ def report(run: Run, data: Data, args: argparse.Namespace, predictions: Predicti
         return
     augmented = [(image, data.classes[label])
                  for image, label in data.augmented(20, mix(args.seed, run.epoch))]
-    html = page(f"{args.out}: {args.arch} after epoch {run.epoch} of {args.epochs}",
-                summarize(predictions, data.classes), predictions, data.val_set, run.log,
+    title = f"{Path(args.out).resolve().name}: {args.arch} after epoch {run.epoch} of {args.epochs}"
+    html = page(title, summarize(predictions, data.classes), predictions, data.val_set, run.log,
                 augmented, refresh=run.epoch < args.epochs)
     write_file(Path(args.out, "report.html"), html.encode(errors="backslashreplace"))
 
@@ -1254,7 +1256,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     with process_group():
         args = make_parser().parse_args(arguments)
-        code = (check(args) if args.check else
+        code = (from_first(check, args) if args.check else
                 compare(args, arguments) if args.compare else fine_tune(arguments))
     if code:
         sys.exit(code)
