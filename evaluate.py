@@ -457,7 +457,8 @@ class Predictions(NamedTuple):
 def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, object]], device: torch.device,
             precision: str) -> Iterator[tuple[Tensor, object]]:
     """What a network makes of a loader's images, logits (N, K) in fp32; and what came with them."""
-    model = fuse(model.eval())  # a copy, with batch norms folded into the convolutions before them
+    # A copy, with batch norms folded into the convolutions before them.
+    model = fuse(model.eval()).to(device, memory_format=torch.channels_last)
     for images, others in batches:
         with autocast(device, precision):
             logits = model(to_device(images, device))
@@ -498,7 +499,8 @@ def predict_images(model: nn.Module, pictures: Pictures, loader: Iterable, class
             results.append(result)
             best = ", ".join("{class} {probability:.4f}".format(**guess)
                              for guess in result.get("classes", []))
-            print(f"{CLEAR if sys.stdout.isatty() else ''}{error or result['path'] + ': ' + best}")
+            rewrite_line()
+            print(error or f"{result['path']}: {best}")
     return results
 
 
@@ -759,7 +761,10 @@ def short(name: str) -> str:
 
 # The command line
 
-CLEAR = "\r\033[K"  # a terminal's line
+def rewrite_line(text: str = "") -> None:
+    """Put a text in the place of a terminal's last line; nothing elsewhere."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="", flush=True)
 
 
 def watched(items: Iterable, total: int, what: str = "images",
@@ -775,12 +780,11 @@ def watched(items: Iterable, total: int, what: str = "images",
         yield item
         done += size(item)
         now = time.perf_counter()
-        if now - shown >= 0.5 and sys.stdout.isatty():
+        if now - shown >= 0.5:
             shown, speed = now, done / (now - start)
-            print(f"{CLEAR}{what} {done}/{total}  {speed:.1f} images/s  "
-                  f"{duration((total - done) / speed)} left", end="", flush=True)
-    if shown:
-        print(CLEAR, end="", flush=True)
+            rewrite_line(f"{what} {done}/{total}  {speed:.1f} images/s  "
+                         f"{duration((total - done) / speed)} left")
+    rewrite_line()
 
 
 def duration(seconds: float) -> str:
@@ -937,7 +941,6 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
     print(title, f"{dataset.root}: {len(dataset)} images", sep="\n")
 
     def predictions_of(network: nn.Module) -> Predictions:
-        network = network.to(device, memory_format=torch.channels_last)
         return predict(network, watched(loader, len(dataset)), device, precision)
 
     predictions = predictions_of(model)
@@ -969,8 +972,7 @@ def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) 
     device, precision = choose_machine(args, checkpoint)
     loader = make_loader(pictures, device, args.workers,
                          batch_size=args.batch_size or checkpoint["args"]["batch_size"])
-    results = predict_images(model.to(device, memory_format=torch.channels_last), pictures, loader,
-                             checkpoint["classes"], device, precision)
+    results = predict_images(model, pictures, loader, checkpoint["classes"], device, precision)
     if args.json:
         write_json(args.json, results)
     if args.save_predictions:

@@ -172,8 +172,7 @@ class HookedModel(nn.Module):
     def feature_channels(self, size: int = 224) -> tuple[int, int]:
         """Channels of the student's and the teacher's features, from a `dry_run`."""
         _, student, teacher = self.dry_run(size)
-        return tuple(features.shape[1 if features.ndim == 4 else 2]
-                     for features in (student, teacher))
+        return pooled(student).shape[1], pooled(teacher).shape[1]
 
     def remove_hooks(self) -> None:
         """Leave the network as it was; calling it twice is fine."""
@@ -191,10 +190,14 @@ class HookedModel(nn.Module):
 def _find_layer(model: nn.Module, name: str) -> nn.Module:
     layers = dict(model.named_modules())
     if not name or name not in layers:
-        close = difflib.get_close_matches(name, layers, n=5, cutoff=0.3) or list(layers)[1:6]
-        raise ValueError(f"no layer {name!r} in {type(model).__name__}; did you mean one of "
-                         f"{', '.join(close)}?")
+        raise ValueError(f"no layer {name!r} in {type(model).__name__}; "
+                         + _did_you_mean(name, list(layers)[1:]))
     return layers[name]
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:5]
+    return f"did you mean one of {', '.join(close)}?"
 
 
 @torch.no_grad()
@@ -289,9 +292,8 @@ def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = 
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     known = models.list_models(module=models)
     if arch not in known:
-        close = difflib.get_close_matches(arch, known, n=5, cutoff=0.3) or known[:5]
-        raise ValueError(f"no classifier {arch!r} in torchvision.models; did you mean one of "
-                         f"{', '.join(close)}?")
+        raise ValueError(f"no classifier {arch!r} in torchvision.models; "
+                         + _did_you_mean(arch, known))
     model = models.get_model(arch, num_classes=num_classes)
     if hasattr(model, "aux_logits"):
         raise ValueError(f"{arch} returns more than logits in training, which no loss here takes")

@@ -9,11 +9,11 @@ selfdistill.py; `python evaluate.py best.pt` tells how good the result is.
 On several processes or machines: `torchrun --nproc-per-node N train.py ...`, the same job.
 """
 # First of all, as it checks that torch and torchvision fit together.
-from evaluate import (CLEAR, DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError, autocast,
+from evaluate import (DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError, autocast,
                       choose_device, choose_precision, duration, find_splits, listed, load_image,
                       make_folder, make_loader, number, outputs, page, predict, read_checkpoint,
-                      run_script, summarize, to_device, usable_cores, watched, write_file,
-                      write_json)
+                      rewrite_line, run_script, summarize, to_device, usable_cores, watched,
+                      write_file, write_json)
 
 import argparse
 import contextlib
@@ -52,8 +52,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_colla
 from torchvision import datasets
 
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, AuxiliaryClassifierLoss, HookedModel,
-                         SelfDistillationLoss, find_classifier, hooked_classifier, train_transform,
-                         val_transform)
+                         SelfDistillationLoss, find_classifier, hooked_classifier, pooled,
+                         train_transform, val_transform)
 
 # What --recipe chooses. Of these alpha, batch_size and lr are flags too, which override it; lr is
 # for weights given, scratch_lr for random ones. `soft` is that of the auxiliary classifier's loss.
@@ -482,7 +482,7 @@ def make_criterion(args: argparse.Namespace, model: HookedModel, num_classes: in
     recipe = RECIPES[args.recipe]
     try:
         logits, *features = model.dry_run(args.size)
-        student_channels, teacher_channels = model.feature_channels(args.size)
+        student_channels, teacher_channels = (pooled(output).shape[1] for output in features)
         if args.recipe == "blog":
             criterion = SelfDistillationLoss(args.alpha, student_channels, teacher_channels)
         else:
@@ -717,18 +717,11 @@ class Progress:
             return
         self.shown = now
         run.check_finite()
-        if sys.stdout.isatty():
-            images, loss = run.totals[:2].tolist()
-            speed = images / run.seconds
-            left = ((self.epochs - run.epoch) * self.count - images) / speed
-            print(f"{CLEAR}epoch {run.epoch + 1}/{self.epochs}  "
-                  f"batch {run.batch}/{self.batches}  {speed:.1f} images/s  "
-                  f"loss {loss / images:.4f}  {duration(left)} left", end="", flush=True)
-
-    @staticmethod
-    def clear() -> None:
-        if sys.stdout.isatty():
-            print(CLEAR, end="")
+        images, loss = run.totals[:2].tolist()
+        speed = images / run.seconds
+        left = ((self.epochs - run.epoch) * self.count - images) / speed
+        rewrite_line(f"epoch {run.epoch + 1}/{self.epochs}  batch {run.batch}/{self.batches}  "
+                     f"{speed:.1f} images/s  loss {loss / images:.4f}  {duration(left)} left")
 
 
 def train_epoch(run: Run, network: nn.Module, batches: Iterable, sampler: EpochBatches,
@@ -826,7 +819,7 @@ def begin(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpoi
     run.best = {"epoch": 0, "val_acc": val["top1"]}
     checkpointer.save()
     report(run, data, args, predictions)
-    Progress.clear()
+    rewrite_line()
     print(f"epoch 0/{args.epochs}  only the classifier fitted  val acc {val['top1']:.4f}  "
           f"{time.perf_counter() - start:.1f} s", flush=True)
 
@@ -850,8 +843,9 @@ def health(run: Run, data: Data, seed: int) -> dict[str, float]:
     respect to the student features; then, of the student and the teacher features, what
     `norm_and_spread` tells. A copy of the network is used, so that nothing of the run changes.
     """
-    torch.manual_seed(mix(seed, run.epoch))  # of dropout
-    images, labels = default_collate(data.augmented(32, mix(seed, run.epoch)))
+    seed = mix(seed, run.epoch)
+    torch.manual_seed(seed)  # of dropout
+    images, labels = default_collate(data.augmented(32, seed))
     images, labels = to_device(images, run.device), labels.to(run.device)
     logits, student, teacher = copy.deepcopy(run.model).train()(images)
     zero = torch.zeros((), device=run.device)
@@ -914,7 +908,7 @@ def train(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpoi
         line = finish_epoch(run, predictions, data.classes, health(run, data, args.seed))
         checkpointer.save()
         report(run, data, args, predictions)
-        progress.clear()
+        rewrite_line()
         print(f"epoch {run.epoch}/{args.epochs}  loss {line['train_loss']:.4f} "
               f"(ce {line['ce_loss']:.4f}, distillation {line['distillation_loss']:.4g})  "
               f"train acc {line['train_acc']:.4f}  val acc {line['val_acc']:.4f}  "
@@ -1170,7 +1164,7 @@ def fine_tune(arguments: list[str]) -> int:
                 begin(run, data, args, checkpointer)
             train(run, data, args, checkpointer)
         except Stopped as stopped:
-            Progress.clear()
+            rewrite_line()
             checkpointer.save()
             launcher = "torchrun ..." if dist.is_initialized() else "python"
             print(f"stopped in epoch {run.epoch + 1} after batch {run.batch}; go on with: "
