@@ -682,7 +682,7 @@ def line_chart(title: str, lines: dict[str, list[tuple[float, float]]], low: flo
 
     Args:
         low, high: ends of the vertical axis; by default 0 and the largest y.
-        radii: of the points of a line.
+        radii: of the points of the first line.
     """
     points = [point for line in lines.values() for point in line]
     left, right = min(x for x, _ in points), max(x for x, _ in points)
@@ -702,7 +702,7 @@ def line_chart(title: str, lines: dict[str, list[tuple[float, float]]], low: flo
         drawn.append(f'<polyline points="{path}" stroke="var(--c{k})"/>')
         drawn += ['<circle cx="{}" cy="{}" r="{:.1f}" fill="var(--c{})"><title>{}: {:.4g} at {:.4g}'
                   "</title></circle>".format(*place(x, y), radius, k, name, y, x)
-                  for (x, y), radius in zip(line, radii)]
+                  for (x, y), radius in zip(line, itertools.repeat(2.5) if k else radii)]
     legend = "".join(f'<span style="color: var(--c{k})">{name.replace("_", " ")}</span>'
                      for k, name in enumerate(lines))
     return (f'<figure><svg viewBox="0 0 320 190">{"".join(drawn)}</svg>'
@@ -819,8 +819,11 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
 def write_file(path: str | Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.parent / f".{path.name}.tmp"
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device, which stays what it is
+            path.write_bytes(content)
+            return
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -864,6 +867,9 @@ def run_script(main: Callable[[], None]) -> None:
         hint = " (--skip-unreadable leaves such images out)"
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}"
                  + (hint if isinstance(error, UnreadableImage) else ""))
+    except torch.OutOfMemoryError as error:  # of an accelerator
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).partition('. ')[0]}: use a smaller "
+                 "--batch-size, or train at a smaller --size")
     except BrokenPipeError:  # of `evaluate.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -874,8 +880,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="evaluate.py", description="How good a trained classifier is, and where "
-                    "it is wrong; or what it says of other images; or the network, to carry away.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    "it is wrong; or what it says of other images; or the network, to carry away.")
     parser.add_argument("checkpoint", help="a best.pt or last.pt that train.py wrote")
     parser.add_argument("--data", metavar="DIR",
                         help="folder with val/ in it (default: the one trained on)")
@@ -894,10 +899,12 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=number(int, 1), metavar="N",
                         help="images at a time (default: as in training)")
     parser.add_argument("--workers", type=number(int, 0, 1024), metavar="N", default=usable_cores(),
-                        help="processes that load images; 0: none beside this one")
+                        help="processes that load images; 0: none beside this one (default: the "
+                        f"cores usable here, {usable_cores()})")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that "
                         "cannot be read, as training did if it had this flag")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda, cuda:1, mps, ... (default: auto, the best there is)")
     parser.add_argument("--precision", choices=["auto", *DTYPES],
                         help="auto: the fastest here (default: auto, but fp32 if trained in that)")
     args = parser.parse_args(arguments)

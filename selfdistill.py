@@ -136,6 +136,8 @@ class HookedModel(nn.Module):
 
     def _record(self, position: int, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         if self._features is not None:
+            if self._features[position] is not None:
+                raise RuntimeError(f"layer {self.layer_names[position]!r} is used more than once")
             self._features[position] = output
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,7 +309,10 @@ def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = 
 
 def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> None:
     if weights == "imagenet":
-        state = models.get_model(arch, weights="DEFAULT").state_dict()
+        try:
+            state = models.get_model(arch, weights="DEFAULT").state_dict()
+        except RuntimeError as error:  # what came has another hash than it should
+            raise OSError(str(error)) from None
     else:
         state = load_tensors(weights)
     try:

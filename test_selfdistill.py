@@ -247,6 +247,10 @@ class HookedModelTest(unittest.TestCase):
         with self.assertRaisesRegex(RuntimeError, "'unused' took no part"):
             HookedModel(self.model, "unused")(self.images)
 
+    def test_a_layer_used_twice_is_an_error_as_it_has_no_one_feature(self) -> None:
+        with self.assertRaisesRegex(RuntimeError, "'layer2.1.relu' is used more than once"):
+            HookedModel(self.model, "layer2.1.relu")(self.images)
+
     def test_the_state_dict_loads_into_plain_torchvision(self) -> None:
         resnet18(num_classes=10).load_state_dict(HookedModel(self.model).model.state_dict())
 
@@ -770,6 +774,10 @@ class OptimizerTest(unittest.TestCase):
                                     (criterion.classifier.weight, (0.01, 5e-4))):
             self.assertEqual(settings[id(parameter)], expected)
 
+    def test_sgd_is_fused_but_in_fp16_whose_scaler_may_skip_the_first_step(self) -> None:
+        for precision, fused in (("fp32", True), ("bf16", True), ("fp16", False)):
+            self.assertEqual(self.make("--precision", precision)[2].defaults["fused"], fused)
+
     def test_the_blog_recipe_is_the_published_one(self) -> None:
         model, criterion, optimizer = self.make("--recipe", "blog")
         scheduler = train.make_scheduler(optimizer, one_cycle=False, steps=100)
@@ -1036,7 +1044,7 @@ class HealthTest(TestCase):
         folder = evaluate.ImageFolder(write_images(self.folder / "images") / "train",
                                       val_transform(64, normalized=False))
         augmented = train.Augmented(folder, train_transform(64, normalized=False))
-        loader = SimpleNamespace(dataset=augmented)
+        loader = SimpleNamespace(dataset=augmented, batch_size=18)
         self.data = train.Data(folder, folder, loader, loader, fingerprints={})
         images, self.labels = torch.utils.data.default_collate(
             [augmented[k, train.mix(train.mix(5, 2), k)] for k in range(18)])
@@ -1337,6 +1345,15 @@ class ResumeTest(TestCase):
         run(train.main, "--resume", self.folder / "out" / "last.pt")
         self.assert_same_run(self.folder / "out", self.folder / "expected")
 
+    def test_a_save_while_the_classifier_is_fitted_is_of_the_whole_network(self) -> None:
+        network = models.mobilenet_v3_small(num_classes=5)
+        torch.save(network.state_dict(), self.folder / "weights.pth")
+        with mock.patch.object(train, "write_checkpoint") as write:
+            run_training(self.data, self.folder / "out", "--save-every", 0,
+                         "--weights", self.folder / "weights.pth")
+        for call in write.call_args_list:
+            self.assertEqual(call.args[1]["model"].keys(), network.state_dict().keys())
+
     def test_a_signal_finishes_the_step_and_saves(self) -> None:
         for number, code, workers in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)):
             process = self.start("out", "--epochs", 10000, "--workers", workers)
@@ -1454,6 +1471,14 @@ class ResumeTest(TestCase):
                       "--out", self.folder / "other")
         self.assertIn(f"no best.pt of epoch 1 in {self.folder}/other", printed)
         self.assertEqual(evaluate.read_checkpoint(self.folder / "other" / "best.pt")["epoch"], 2)
+
+    def test_resuming_a_run_from_elsewhere_keeps_what_lies_in_the_folder(self) -> None:
+        for seed in (1, 2):
+            run_training(self.data, self.folder / "out", "--seed", seed)
+        run(train.main, "--resume", self.folder / "out" / "last.1.pt")
+        seeds = {name: torch.load(self.folder / "out" / name, weights_only=True)["args"]["seed"]
+                 for name in ("last.pt", "last.1.pt", "last.2.pt", "best.2.pt")}
+        self.assertEqual(seeds, {"last.pt": 1, "last.1.pt": 1, "last.2.pt": 2, "best.2.pt": 2})
 
     def test_a_full_disk_leaves_the_earlier_files(self) -> None:
         for limit, name in ((10_000_000, "last.pt"), (4_000_000, "best.pt")):
@@ -2036,12 +2061,23 @@ class BadInputTest(TestCase):
             self.assertRegex(self.train_error("--weights", "imagenet"),
                              "cannot get the weights 'imagenet' .*no route.*give a FILE")
 
+    def test_a_pipe_is_written_to_and_not_replaced(self) -> None:
+        os.mkfifo(self.folder / "pipe")
+        with ThreadPool(1) as pool:
+            read = pool.apply_async((self.folder / "pipe").read_bytes)
+            evaluate.write_file(self.folder / "pipe", b"figures")
+            self.assertEqual(read.get(10), b"figures")
+        self.assertTrue((self.folder / "pipe").is_fifo())
+
     def test_an_out_folder_that_cannot_be_written(self) -> None:
         (self.folder / "file").write_text("")
         self.assertIn("cannot make the folder", self.train_error("--out", self.folder / "file"))
         with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")):
             self.assertRegex(self.train_error(), r"cannot write .*last\.pt: No space left")
         self.assertEqual(list((self.folder / "out").iterdir()), [])
+        (self.folder / "out" / "last.pt").write_bytes(b"")
+        with mock.patch.object(Path, "rename", side_effect=OSError(13, "Permission denied")):
+            self.assertRegex(self.train_error(), r"cannot rename .*last\.pt: Permission denied")
         self.assertRegex(self.error_of(evaluate.main, self.write_checkpoint(), "--workers", 0,
                                        "--json", self.folder / "file" / "figures.json"),
                          "cannot write .*figures.json")

@@ -534,7 +534,9 @@ def make_optimizer(args: argparse.Namespace, model: HookedModel,
                           if (parameter.ndim > 1) == is_matrix],
                "weight_decay": recipe["weight_decay"] if is_matrix else 0.0}
               for is_matrix in (True, False)]
-    return SGD(groups, lr=args.lr, momentum=0.9, nesterov=recipe["nesterov"], fused=True)
+    # Fused, a first step that fp16's scaler skips would leave the momentum uninitialised.
+    return SGD(groups, lr=args.lr, momentum=0.9, nesterov=recipe["nesterov"],
+               fused=args.precision != "fp16")
 
 
 def make_scheduler(optimizer: SGD, one_cycle: bool, steps: int) -> LRScheduler:
@@ -659,7 +661,8 @@ class Checkpointer:
         try:
             batch = next(batches, None)
         except (RuntimeError, OSError, EOFError) as error:  # what comes of a worker's death
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            if isinstance(error, RuntimeError) and not str(error).startswith(
+                    ("DataLoader worker", "Pin memory thread")):
                 raise
             time.sleep(1)  # a signal to all processes may reach this one last
             if self.stop:
@@ -685,7 +688,8 @@ class Checkpointer:
                       "std": list(IMAGENET_STD), "epoch": run.epoch,
                       "val_acc": max(0.0, (run.log or [run.best])[-1]["val_acc"]),
                       "data": args.data, "args": settings}
-        if run.epoch and args.distillation and isinstance(run.criterion, AuxiliaryClassifierLoss):
+        trained = run.epoch and args.distillation and args.alpha
+        if trained and isinstance(run.criterion, AuxiliaryClassifierLoss):
             layer = run.model.layer_names[0]
             checkpoint["exits"] = {layer: run.criterion.classifier.state_dict()}
         if (run.epoch, run.batch) == (run.best["epoch"], 0):
@@ -785,14 +789,12 @@ def fit_classifier(run: Run, data: Data, args: argparse.Namespace,
     loader = make_loader(Subset(data.train_set, chosen[rank()::world_size()]), run.device,
                          data.val_loader.num_workers, batch_size=data.val_loader.batch_size)
     batches = checkpointer.attend(loader, math.ceil(count / args.batch_size))
-    model, name = run.model.model, find_classifier(run.model.model)
-    classifier = model.get_submodule(name)
-    model.set_submodule(name, nn.Identity())
-    try:
-        parts = [(features.cpu(), labels) for features, labels
-                 in outputs(model, batches, run.device, args.precision)]
-    finally:
-        model.set_submodule(name, classifier)
+    name = find_classifier(run.model.model)
+    classifier = run.model.model.get_submodule(name)
+    headless = copy.deepcopy(run.model.model)  # a copy, as the run may be saved meanwhile
+    headless.set_submodule(name, nn.Identity())
+    parts = [(features.cpu(), labels) for features, labels
+             in outputs(headless, batches, run.device, args.precision)]
     features, labels = (torch.cat(part).to(run.device) for part in zip(*gather(parts)))
     for parameter in classifier.parameters():
         nn.init.zeros_(parameter)
@@ -837,7 +839,7 @@ def report(run: Run, data: Data, args: argparse.Namespace, predictions: Predicti
 
 
 def health(run: Run, data: Data, seed: int) -> dict[str, float]:
-    """How the distillation term does, on up to 32 augmented train images.
+    """How the distillation term does, on some augmented train images, at most a batch or 32.
 
     The ratio of its gradient to that of the cross-entropy, both as weighted in the loss, with
     respect to the student features; then, of the student and the teacher features, what
@@ -845,7 +847,7 @@ def health(run: Run, data: Data, seed: int) -> dict[str, float]:
     """
     seed = mix(seed, run.epoch)
     torch.manual_seed(seed)  # of dropout
-    images, labels = default_collate(data.augmented(32, seed))
+    images, labels = default_collate(data.augmented(min(32, data.val_loader.batch_size), seed))
     images, labels = to_device(images, run.device), labels.to(run.device)
     logits, student, teacher = copy.deepcopy(run.model).train()(images)
     zero = torch.zeros((), device=run.device)
@@ -1091,7 +1093,10 @@ def make_out(out: Path, names: tuple[str, ...], resumed: bool) -> None:
         return
     suffix = next(k for k in itertools.count(1)
                   if not any(path.with_suffix(f".{k}{path.suffix}").exists() for path in earlier))
-    kept = [path.rename(path.with_suffix(f".{suffix}{path.suffix}")) for path in earlier]
+    try:
+        kept = [path.rename(path.with_suffix(f".{suffix}{path.suffix}")) for path in earlier]
+    except OSError as error:
+        raise UserError(f"cannot rename the earlier {listed(earlier)}: {error.strerror}") from None
     print(f"kept the earlier {listed(earlier)} as {listed(kept)}")
 
 
@@ -1123,10 +1128,13 @@ def restore(run: Run, checkpoint: dict, data: Data, args: argparse.Namespace) ->
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"the checkpoint cannot be resumed, as it is damaged or of another version "
                         f"({error!r})") from None
+
+
+def forget_lost_best(run: Run, out: Path) -> None:
+    """A best epoch without its best.pt no longer counts."""
     best = run.best["epoch"]
-    lost = not Path(args.out, "best.pt").exists()
-    if best >= 0 and lost and (run.epoch, run.batch) != (best, 0):
-        print(f"there is no best.pt of epoch {best} in {args.out}: the best is counted from here")
+    if best >= 0 and not (out / "best.pt").exists() and (run.epoch, run.batch) != (best, 0):
+        print(f"there is no best.pt of epoch {best} in {out}: the best is counted from here")
         run.best = dict(NONE_YET)
 
 
@@ -1139,11 +1147,13 @@ def fine_tune(arguments: list[str]) -> int:
     args.precision = from_first(choose_precision, args.precision, device)
     data = make_data(args, device)
     run = make_run(args, device, data, resumed=checkpoint is not None)
+    out, in_place = Path(args.out), False
     if checkpoint:
         restore(run, checkpoint, data, args)
+        in_place = resumed_path(args).resolve() == Path(out, "last.pt").resolve()
     if rank() == 0:
-        make_out(Path(args.out), ("best.pt", "last.pt", "log.jsonl", "report.html"),
-                 resumed=checkpoint is not None)
+        make_out(out, ("best.pt", "last.pt", "log.jsonl", "report.html"), resumed=in_place)
+    forget_lost_best(run, out)
 
     print(f"data       {args.data}: {len(data.train_set)} train and {len(data.val_set)} val "
           f"images, {len(data.classes)} classes")
