@@ -24,7 +24,6 @@ import base64
 import contextlib
 import csv
 import io
-import itertools
 import json
 import math
 import os
@@ -677,12 +676,12 @@ def training_charts(log: list[dict[str, float]]) -> str:
 
 
 def line_chart(title: str, lines: dict[str, list[tuple[float, float]]], low: float = 0,
-               high: float | None = None, radii: Iterable[float] = itertools.repeat(2.5)) -> str:
+               high: float | None = None, radii: dict[str, list[float]] | None = None) -> str:
     """Lines through points (x, y), by name.
 
     Args:
         low, high: ends of the vertical axis; by default 0 and the largest y.
-        radii: of the points of the first line.
+        radii: of the points of the lines named; by default 2.5
     """
     points = [point for line in lines.values() for point in line]
     left, right = min(x for x, _ in points), max(x for x, _ in points)
@@ -700,9 +699,10 @@ def line_chart(title: str, lines: dict[str, list[tuple[float, float]]], low: flo
     for k, (name, line) in enumerate(lines.items()):
         path = " ".join("{},{}".format(*place(*point)) for point in line)
         drawn.append(f'<polyline points="{path}" stroke="var(--c{k})"/>')
+        sizes = (radii or {}).get(name, [2.5] * len(line))
         drawn += ['<circle cx="{}" cy="{}" r="{:.1f}" fill="var(--c{})"><title>{}: {:.4g} at {:.4g}'
                   "</title></circle>".format(*place(x, y), radius, k, name, y, x)
-                  for (x, y), radius in zip(line, itertools.repeat(2.5) if k else radii)]
+                  for (x, y), radius in zip(line, sizes)]
     legend = "".join(f'<span style="color: var(--c{k})">{name.replace("_", " ")}</span>'
                      for k, name in enumerate(lines))
     return (f'<figure><svg viewBox="0 0 320 190">{"".join(drawn)}</svg>'
@@ -715,7 +715,7 @@ def reliability_diagram(predictions: Predictions) -> str:
     return line_chart("accuracy by confidence (large: many images)",
                       {"measured": list(zip(*(axis[used].tolist() for axis in points))),
                        "ideal": [(0, 0), (1, 1)]}, high=1,
-                      radii=(2 + 10 * shares[used].sqrt()).tolist())
+                      radii={"measured": (2 + 10 * shares[used].sqrt()).tolist()})
 
 
 def class_bars(summary: dict, most: int = 30) -> str:

@@ -2057,10 +2057,16 @@ class BadInputTest(TestCase):
             self.assertRegex(self.train_error(*flags), message)
 
     def test_weights_that_cannot_be_downloaded(self) -> None:
-        with (mock.patch.dict(os.environ, TORCH_HOME=str(self.folder)),
-              mock.patch("torch.hub.download_url_to_file", side_effect=URLError("no route"))):
-            self.assertRegex(self.train_error("--weights", "imagenet"),
-                             "cannot get the weights 'imagenet' .*no route.*give a FILE")
+        for error in (URLError("no route"), RuntimeError("invalid hash value")):
+            with (mock.patch.dict(os.environ, TORCH_HOME=str(self.folder)),
+                  mock.patch("torch.hub.download_url_to_file", side_effect=error)):
+                self.assertRegex(self.train_error("--weights", "imagenet"),
+                                 f"cannot get the weights 'imagenet' .*{error.args[0]}.*give a FILE")
+
+    def test_too_little_memory_is_told_in_one_line(self) -> None:
+        full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has")
+        self.assertRegex(self.error_of(mock.Mock(side_effect=full)),
+                         "error: CUDA out of memory: use a smaller --batch-size")
 
     def test_a_pipe_is_written_to_and_not_replaced(self) -> None:
         os.mkfifo(self.folder / "pipe")

@@ -1150,7 +1150,7 @@ def fine_tune(arguments: list[str]) -> int:
     out, in_place = Path(args.out), False
     if checkpoint:
         restore(run, checkpoint, data, args)
-        in_place = resumed_path(args).resolve() == Path(out, "last.pt").resolve()
+        in_place = resumed_path(args).resolve() == (out / "last.pt").resolve()
     if rank() == 0:
         make_out(out, ("best.pt", "last.pt", "log.jsonl", "report.html"), resumed=in_place)
     forget_lost_best(run, out)
@@ -1179,13 +1179,13 @@ def fine_tune(arguments: list[str]) -> int:
             launcher = "torchrun ..." if dist.is_initialized() else "python"
             print(f"stopped in epoch {run.epoch + 1} after batch {run.batch}; go on with: "
                   f"{launcher} {shlex.quote(sys.argv[0])} --resume "
-                  f"{shlex.quote(str(Path(args.out, 'last.pt')))}", flush=True)
+                  f"{shlex.quote(str(out / 'last.pt'))}", flush=True)
             return 128 + stopped.args[0]
     print(f"best val accuracy {run.best['val_acc']:.4f} in epoch {run.best['epoch']} (on "
           f"{len(data.val_set)} val images; ties go to the earlier epoch), "
           f"{duration(time.perf_counter() - started)}")
     print(f"python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
-          f"{shlex.quote(str(Path(args.out, 'best.pt')))}")
+          f"{shlex.quote(str(out / 'best.pt'))}")
     return 0
 
 
