@@ -2060,8 +2060,8 @@ class BadInputTest(TestCase):
         for error in (URLError("no route"), RuntimeError("invalid hash value")):
             with (mock.patch.dict(os.environ, TORCH_HOME=str(self.folder)),
                   mock.patch("torch.hub.download_url_to_file", side_effect=error)):
-                self.assertRegex(self.train_error("--weights", "imagenet"),
-                                 f"cannot get the weights 'imagenet' .*{error.args[0]}.*give a FILE")
+                message = f"cannot get the weights 'imagenet' .*{error.args[0]}.*give a FILE"
+                self.assertRegex(self.train_error("--weights", "imagenet"), message)
 
     def test_too_little_memory_is_told_in_one_line(self) -> None:
         full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has")
