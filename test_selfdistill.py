@@ -1952,7 +1952,8 @@ class EvaluationTest(TestCase):
         for seconds, expected in (({"bf16": 1.0, "fp32": 2.0}, "bf16"),
                                   ({"bf16": 12.0, "fp32": 1.0}, "fp32")):
             with (mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", return_value=True),
-                  mock.patch.object(evaluate, "seconds_of_step", seconds.get)):
+                  mock.patch.object(evaluate, "seconds_of_steps",
+                                    lambda precisions: [seconds[name] for name in precisions])):
                 printed = run(evaluate.main, self.folder / "best.pt", "--workers", 0, "--device",
                               "cpu")
             self.assertIn(f"{expected} on cpu", printed)
