@@ -1057,7 +1057,8 @@ def read_resumed(args: argparse.Namespace) -> dict | None:
     """The checkpoint that --resume names; None if it is "auto" and there is none yet."""
     path = resumed_path(args)
     if args.resume == "auto" and not path.exists():
-        print(f"no {path} yet: starting anew")
+        if not args.compare:  # which has just said what it begins
+            print(f"no {path} yet: starting anew")
         return None
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint.get("run"), dict):
