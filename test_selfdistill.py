@@ -822,6 +822,25 @@ class OptimizerTest(unittest.TestCase):
                           train.EpochBatches(12, 4, seed=0), train.Progress(1, 3, 12))
         assert_close(model.model.state_dict(), plain.state_dict())
 
+    def test_fine_tuning_results_in_a_moving_average_of_the_weights(self) -> None:
+        model, criterion, optimizer = self.make("--lr", "0.01")
+        fine_tuned = train.Run(model, criterion, optimizer,
+                               train.make_scheduler(optimizer, one_cycle=False, steps=3),
+                               torch.amp.GradScaler("cpu", enabled=False), decay=0.75)
+        states = [copy.deepcopy(fine_tuned.trained.state_dict())]
+        optimizer.register_step_post_hook(
+            lambda *_: states.append(copy.deepcopy(fine_tuned.trained.state_dict())))
+        fine_tuned.start_average()
+        batches = [(torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8), torch.randint(10, (4,)))
+                   for _ in range(2)]
+        train.train_epoch(fine_tuned, train.Distiller(model, criterion, "fp32"), batches,
+                          train.EpochBatches(8, 4, seed=0), train.Progress(1, 2, 8))
+        start, first, second = states
+        for name, value in fine_tuned.result.state_dict().items():
+            if value.is_floating_point():
+                assert_close(value, 0.5625 * start[name] + 0.1875 * first[name]
+                             + 0.25 * second[name])
+
     def test_one_cycle_warms_up_and_ends_near_nought(self) -> None:
         _, _, optimizer = self.make("--lr", "0.01")
         scheduler = train.make_scheduler(optimizer, one_cycle=True, steps=10)
@@ -852,8 +871,7 @@ class TrainingTest(TestCase):
 
     def weights_of(self, *arguments: object) -> dict[str, torch.Tensor]:
         run_training(self.data, self.folder, *RESNET18, "--epochs", 2, *arguments)
-        last = torch.load(self.folder / "last.pt", weights_only=True)
-        return last["model"] | last["run"]["criterion"]
+        return torch.load(self.folder / "last.pt", weights_only=True)["run"]["trained"]
 
     def test_the_checkpoint_holds_what_the_design_says(self) -> None:
         self.assertEqual({key: type(self.best[key]) for key in self.best},
@@ -862,8 +880,8 @@ class TrainingTest(TestCase):
                           "data": str, "args": dict, "exits": dict})
         self.assertEqual(self.best["classes"], ["circle", "square", "star"])
         resnet18(num_classes=3).load_state_dict(self.best["model"])
-        self.assertEqual({name.split(".")[0] for name in self.last["run"]["criterion"]},
-                         {"classifier"})
+        self.assertEqual({name.split(".")[1] for name in self.last["run"]["trained"]
+                          if name.startswith("loss")}, {"classifier"})
         self.assertEqual(sorted(path.name for path in self.out.iterdir()),
                          ["best.pt", "last.pt", "log.jsonl"])
 
@@ -903,21 +921,22 @@ class TrainingTest(TestCase):
         self.assertRegex(printed, f"top-1 {line['val_acc']:.4f} .*  loss {line['val_loss']:.4f}")
 
     def test_weights_repeat_bit_for_bit_whatever_the_workers(self) -> None:
-        expected = self.last["model"] | self.last["run"]["criterion"]
+        expected = self.last["run"]["trained"]
         assert_close(self.weights_of("--workers", 2), expected, rtol=0, atol=0)
         other = self.weights_of("--seed", 1)
-        self.assertFalse(torch.equal(other["conv1.weight"], expected["conv1.weight"]))
+        self.assertFalse(torch.equal(other["network.conv1.weight"],
+                                     expected["network.conv1.weight"]))
 
     def test_the_early_classifier_is_trained_and_the_published_adapter_is_not(self) -> None:
         for flags, name, layer, trained in (
-                ((), "classifier.weight", partial(nn.Linear, 128, 3), True),
-                (("--no-distillation",), "classifier.weight", partial(nn.Linear, 128, 3), False),
-                (("--recipe", "blog"), "adapter.weight", partial(nn.Conv2d, 512, 128, 1), False)):
+                ((), "classifier", partial(nn.Linear, 128, 3), True),
+                (("--no-distillation",), "classifier", partial(nn.Linear, 128, 3), False),
+                (("--recipe", "blog"), "adapter", partial(nn.Conv2d, 512, 128, 1), False)):
             torch.manual_seed(0)
             hooked_resnet18(3, "none")  # draws on the generator first, as the script does
             initial = layer().weight
             weights = self.weights_of(*flags, "--epochs", 1)
-            self.assertEqual(not torch.equal(weights[name], initial), trained)
+            self.assertEqual(not torch.equal(weights[f"loss.{name}.weight"], initial), trained)
 
     def test_the_best_epoch_is_the_earlier_of_two_alike(self) -> None:
         model, criterion = hooked_resnet18(2, "none"), SelfDistillationLoss()
@@ -1336,15 +1355,20 @@ class ResumeTest(TestCase):
         run(train.main, "--resume", self.folder / "out" / "last.pt")
         self.assert_same_run(self.folder / "out", self.folder / "expected")
 
-    def test_a_run_stopped_before_its_first_epoch_fits_the_classifier_anew(self) -> None:
+    def test_fine_tuning_goes_on_wherever_it_is_stopped(self) -> None:
         torch.save(models.mobilenet_v3_small(num_classes=5).state_dict(),
                    self.folder / "weights.pth")
         weights = ("--weights", self.folder / "weights.pth")
         run_training(self.data, self.folder / "expected", "--epochs", 2, *weights)
-        stopped = self.stop_after(1, *weights)
-        self.assertEqual((stopped["epoch"], stopped["best"]["epoch"]), (0, -1))
-        run(train.main, "--resume", self.folder / "out" / "last.pt")
-        self.assert_same_run(self.folder / "out", self.folder / "expected")
+        fit, epoch_0, epoch_1 = 3, 2, 3 + 2  # batches
+        for steps, expected in ((1, (0, 0, -1)), (fit + 1, (0, 0, -1)),
+                                (fit + epoch_0 + epoch_1 + 1, (1, 1, 0))):
+            stopped = self.stop_after(steps, *weights)
+            self.assertEqual((stopped["epoch"], stopped["batch"],
+                              min(0, stopped["best"]["epoch"])), expected)
+            run(train.main, "--resume", self.folder / "out" / "last.pt")
+            self.assert_same_run(self.folder / "out", self.folder / "expected")
+            shutil.rmtree(self.folder / "out")
 
     def test_a_save_while_the_classifier_is_fitted_is_of_the_whole_network(self) -> None:
         network = models.mobilenet_v3_small(num_classes=5)
@@ -1555,8 +1579,7 @@ class ProcessesTest(TestCase):
     def assert_close_runs(self, out: str, expected: str) -> None:
         ours, theirs = (torch.load(self.folder / name / "last.pt", weights_only=True)
                         for name in (out, expected))
-        assert_close(*(last["model"] | last["run"]["criterion"] for last in (ours, theirs)),
-                     rtol=0, atol=1e-5)
+        assert_close(ours["run"]["trained"], theirs["run"]["trained"], rtol=0, atol=1e-5)
         for line, other in zip(*(read_log(self.folder / name) for name in (out, expected)),
                                strict=True):
             self.assertEqual((line["val_acc"], line["train_acc"]),

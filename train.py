@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 from torchvision import datasets
 
@@ -56,17 +57,19 @@ from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, AuxiliaryClassifierLoss, H
                          train_transform, val_transform)
 
 # What --recipe chooses. Of these alpha, batch_size and lr are flags too, which override it; lr is
-# for weights given, scratch_lr for random ones. `soft` is that of the auxiliary classifier's loss.
+# for weights given, scratch_lr for random ones. `soft` is that of the auxiliary classifier's loss;
+# fine_tune: a classifier fitted to the weights given comes first, and weights are averaged from it.
 TUNED = dict(alpha=0.5, soft=0.0, batch_size=64, lr=0.004, scratch_lr=0.1, one_cycle=True,
              nesterov=True, weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0),
-             fit_classifier=True)
+             fine_tune=True)
 RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(soft=0.3),
     "blog": dict(alpha=0.5, batch_size=32, lr=0.01, scratch_lr=0.01, one_cycle=False,
                  nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
-                 fit_classifier=False),
+                 fine_tune=False),
 }
+INITIAL_SHARE = 0.25  # of the weights given in the average of fine-tuned ones, after the last step
 COLLAPSED = 0.02  # the spread of features below which they are nearly alike
 NONE_YET = {"epoch": -1, "val_acc": -1.0}  # the best epoch before there is one
 Loss = AuxiliaryClassifierLoss | SelfDistillationLoss
@@ -553,15 +556,22 @@ class Run:
     """All that changes while training; what last.pt keeps of it is `state_dict()`.
 
     No random state is among it: seed, epoch, batch and rank decide that of every step.
+
+    Args:
+        decay: of the moving average of the weights, a step, in [0, 1]; it is what is validated and
+            saved then. Default: None, the weights themselves
     """
 
-    PARTS = ("criterion", "optimizer", "scheduler", "scaler")
     FIGURES = ("epoch", "batch", "totals", "seconds", "log", "best")
 
-    def __init__(self, model: HookedModel, criterion: Loss, optimizer: SGD,
-                 scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> None:
+    def __init__(self, model: HookedModel, criterion: Loss, optimizer: SGD, scheduler: LRScheduler,
+                 scaler: torch.amp.GradScaler, decay: float | None = None) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.scheduler, self.scaler = scheduler, scaler
+        self.trained = nn.ModuleDict({"network": model.model, "loss": criterion})
+        self.average = None if decay is None else AveragedModel(
+            self.trained, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self.result = self.average.module if self.average else self.trained  # what is validated
         self.device = next(model.parameters()).device
         self.epoch = 0  # epochs completed
         self.log: list[dict] = []  # a line for each of them
@@ -574,13 +584,23 @@ class Run:
         # Sums over their images: 1, loss, cross-entropy, distillation, correct.
         self.totals = torch.zeros(5, device=self.device)
 
+    def start_average(self) -> None:
+        """Let the average begin with the weights as they are now."""
+        self.average.n_averaged.zero_()
+        self.average.update_parameters(self.trained)
+
+    def parts(self) -> dict:
+        parts = {"trained": self.trained, "optimizer": self.optimizer,
+                 "scheduler": self.scheduler, "scaler": self.scaler}
+        return parts | {"average": self.average} if self.average else parts
+
     def state_dict(self) -> dict:
-        return ({name: getattr(self, name).state_dict() for name in self.PARTS}
+        return ({name: part.state_dict() for name, part in self.parts().items()}
                 | {name: getattr(self, name) for name in self.FIGURES})
 
     def load_state_dict(self, state: dict) -> None:
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
         for name in self.FIGURES:
             if type(state[name]) is not type(getattr(self, name)):
                 raise TypeError(f"{name} is a {type(state[name]).__name__}")
@@ -683,7 +703,7 @@ class Checkpointer:
             return
         settings = {name: value for name, value in vars(args).items()
                     if name not in ("out", "resume", "compare", "check")}
-        checkpoint = {"model": run.model.model.state_dict(), "arch": args.arch,
+        checkpoint = {"model": run.result["network"].state_dict(), "arch": args.arch,
                       "classes": self.data.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
                       "std": list(IMAGENET_STD), "epoch": run.epoch,
                       "val_acc": max(0.0, (run.log or [run.best])[-1]["val_acc"]),
@@ -691,7 +711,7 @@ class Checkpointer:
         trained = run.epoch and args.distillation and args.alpha
         if trained and isinstance(run.criterion, AuxiliaryClassifierLoss):
             layer = run.model.layer_names[0]
-            checkpoint["exits"] = {layer: run.criterion.classifier.state_dict()}
+            checkpoint["exits"] = {layer: run.result["loss"].classifier.state_dict()}
         if (run.epoch, run.batch) == (run.best["epoch"], 0):
             write_checkpoint(Path(args.out, "best.pt"), checkpoint)
         state = run.state_dict() | {"data": self.data.fingerprints}
@@ -746,6 +766,8 @@ def train_epoch(run: Run, network: nn.Module, batches: Iterable, sampler: EpochB
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.scheduler.step()
+        if run.average:
+            run.average.update_parameters(run.trained)
 
         correct = (logits.argmax(dim=1) == labels).float().mean()
         figures = torch.stack([torch.ones_like(loss), loss, ce, distillation, correct])
@@ -763,12 +785,12 @@ def validate(run: Run, data: Data, args: argparse.Namespace,
              checkpointer: Checkpointer) -> Predictions:
     """Predictions for the val images, each by one of the processes, in the order of the folder."""
     if dist.is_initialized():
-        for buffer in run.model.buffers():  # the statistics of batch norm
+        for buffer in run.result.buffers():  # the statistics of batch norm
             dist.broadcast(buffer, src=0)
     steps = math.ceil(len(data.val_set) / args.batch_size)
     loader = watched(data.val_loader, len(data.val_loader.dataset), "validating: images")
     batches = checkpointer.attend(loader, steps)
-    predictions = predict(run.model.model, batches, run.device, args.precision, gather)
+    predictions = predict(run.result["network"], batches, run.device, args.precision, gather)
     indices = torch.arange(len(data.val_set))
     order = torch.cat([indices[first::world_size()] for first in range(world_size())]).argsort()
     *columns, seconds = predictions
@@ -812,10 +834,9 @@ def fit_classifier(run: Run, data: Data, args: argparse.Namespace,
 
 def begin(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpointer) -> None:
     """Epoch 0: the accuracy of the weights given, once a classifier is fitted to them."""
-    if not isinstance(run.model.model.get_submodule(find_classifier(run.model.model)), nn.Linear):
-        return
     start = time.perf_counter()
     fit_classifier(run, data, args, checkpointer)
+    run.start_average()
     predictions = validate(run, data, args, checkpointer)
     val = summarize(predictions, data.classes)
     run.best = {"epoch": 0, "val_acc": val["top1"]}
@@ -1108,10 +1129,14 @@ def make_run(args: argparse.Namespace, device: torch.device, data: Data, resumed
     model = make_model(args, len(data.classes), weights, device)
     criterion = make_criterion(args, model, len(data.classes))
     optimizer = make_optimizer(args, model, criterion)
-    scheduler = make_scheduler(optimizer, RECIPES[args.recipe]["one_cycle"],
-                               args.epochs * len(data.train_loader))
+    steps = args.epochs * len(data.train_loader)
+    scheduler = make_scheduler(optimizer, RECIPES[args.recipe]["one_cycle"], steps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    return Run(model, criterion, optimizer, scheduler, scaler)
+    classifier = model.model.get_submodule(find_classifier(model.model))
+    if not (RECIPES[args.recipe]["fine_tune"] and args.weights != "none"
+            and isinstance(classifier, nn.Linear)):
+        return Run(model, criterion, optimizer, scheduler, scaler)
+    return Run(model, criterion, optimizer, scheduler, scaler, decay=INITIAL_SHARE ** (1 / steps))
 
 
 def restore(run: Run, checkpoint: dict, data: Data, args: argparse.Namespace) -> None:
@@ -1124,7 +1149,6 @@ def restore(run: Run, checkpoint: dict, data: Data, args: argparse.Namespace) ->
             if now != then:
                 raise UserError(f"{args.data} has changed since the run began: {what} {now} now, "
                                 f"{then} then")
-        run.model.model.load_state_dict(checkpoint["model"])
         run.load_state_dict(checkpoint["run"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"the checkpoint cannot be resumed, as it is damaged or of another version "
@@ -1171,7 +1195,7 @@ def fine_tune(arguments: list[str]) -> int:
         try:
             checkpointer.save()
             at_start = (run.best, run.epoch, run.batch) == (NONE_YET, 0, 0)
-            if at_start and args.weights != "none" and RECIPES[args.recipe]["fit_classifier"]:
+            if at_start and run.average:
                 begin(run, data, args, checkpointer)
             train(run, data, args, checkpointer)
         except Stopped as stopped:
