@@ -824,12 +824,13 @@ class OptimizerTest(unittest.TestCase):
 
     def test_fine_tuning_results_in_a_moving_average_of_the_weights(self) -> None:
         model, criterion, optimizer = self.make("--lr", "0.01")
+        model.model.register_buffer("positions", torch.arange(1000))
         fine_tuned = train.Run(model, criterion, optimizer,
                                train.make_scheduler(optimizer, one_cycle=False, steps=3),
                                torch.amp.GradScaler("cpu", enabled=False), decay=0.75)
-        states = [copy.deepcopy(fine_tuned.trained.state_dict())]
+        states = [copy.deepcopy(model.model.state_dict())]
         optimizer.register_step_post_hook(
-            lambda *_: states.append(copy.deepcopy(fine_tuned.trained.state_dict())))
+            lambda *_: states.append(copy.deepcopy(model.model.state_dict())))
         fine_tuned.start_average()
         batches = [(torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8), torch.randint(10, (4,)))
                    for _ in range(2)]
@@ -840,6 +841,8 @@ class OptimizerTest(unittest.TestCase):
             if value.is_floating_point():
                 assert_close(value, 0.5625 * start[name] + 0.1875 * first[name]
                              + 0.25 * second[name])
+            else:
+                assert_close(value, second[name])
 
     def test_one_cycle_warms_up_and_ends_near_nought(self) -> None:
         _, _, optimizer = self.make("--lr", "0.01")
@@ -869,9 +872,9 @@ class TrainingTest(TestCase):
         cls.last = torch.load(cls.out / "last.pt", weights_only=True)
         cls.log = read_log(cls.out)
 
-    def weights_of(self, *arguments: object) -> dict[str, torch.Tensor]:
+    def state_after(self, *arguments: object) -> dict:
         run_training(self.data, self.folder, *RESNET18, "--epochs", 2, *arguments)
-        return torch.load(self.folder / "last.pt", weights_only=True)["run"]["trained"]
+        return torch.load(self.folder / "last.pt", weights_only=True)["run"]
 
     def test_the_checkpoint_holds_what_the_design_says(self) -> None:
         self.assertEqual({key: type(self.best[key]) for key in self.best},
@@ -880,8 +883,8 @@ class TrainingTest(TestCase):
                           "data": str, "args": dict, "exits": dict})
         self.assertEqual(self.best["classes"], ["circle", "square", "star"])
         resnet18(num_classes=3).load_state_dict(self.best["model"])
-        self.assertEqual({name.split(".")[1] for name in self.last["run"]["trained"]
-                          if name.startswith("loss")}, {"classifier"})
+        self.assertEqual(self.last["run"]["criterion"].keys(),
+                         {"classifier.weight", "classifier.bias"})
         self.assertEqual(sorted(path.name for path in self.out.iterdir()),
                          ["best.pt", "last.pt", "log.jsonl"])
 
@@ -921,11 +924,12 @@ class TrainingTest(TestCase):
         self.assertRegex(printed, f"top-1 {line['val_acc']:.4f} .*  loss {line['val_loss']:.4f}")
 
     def test_weights_repeat_bit_for_bit_whatever_the_workers(self) -> None:
-        expected = self.last["run"]["trained"]
-        assert_close(self.weights_of("--workers", 2), expected, rtol=0, atol=0)
-        other = self.weights_of("--seed", 1)
-        self.assertFalse(torch.equal(other["network.conv1.weight"],
-                                     expected["network.conv1.weight"]))
+        state = self.state_after("--workers", 2)
+        for part in ("network", "criterion"):
+            assert_close(state[part], self.last["run"][part], rtol=0, atol=0)
+        other = self.state_after("--seed", 1)
+        self.assertFalse(torch.equal(other["network"]["conv1.weight"],
+                                     state["network"]["conv1.weight"]))
 
     def test_the_early_classifier_is_trained_and_the_published_adapter_is_not(self) -> None:
         for flags, name, layer, trained in (
@@ -935,8 +939,8 @@ class TrainingTest(TestCase):
             torch.manual_seed(0)
             hooked_resnet18(3, "none")  # draws on the generator first, as the script does
             initial = layer().weight
-            weights = self.weights_of(*flags, "--epochs", 1)
-            self.assertEqual(not torch.equal(weights[f"loss.{name}.weight"], initial), trained)
+            weight = self.state_after(*flags, "--epochs", 1)["criterion"][f"{name}.weight"]
+            self.assertEqual(not torch.equal(weight, initial), trained)
 
     def test_the_best_epoch_is_the_earlier_of_two_alike(self) -> None:
         model, criterion = hooked_resnet18(2, "none"), SelfDistillationLoss()
@@ -1586,7 +1590,9 @@ class ProcessesTest(TestCase):
     def assert_close_runs(self, out: str, expected: str) -> None:
         ours, theirs = (torch.load(self.folder / name / "last.pt", weights_only=True)
                         for name in (out, expected))
-        assert_close(ours["run"]["trained"], theirs["run"]["trained"], rtol=0, atol=1e-9)
+        for part in ("network", "criterion"):
+            assert_close(ours["run"][part], theirs["run"][part], rtol=0, atol=1e-9)
+        assert_close(ours["model"], theirs["model"], rtol=0, atol=1e-9)
         for line, other in zip(*(read_log(self.folder / name) for name in (out, expected)),
                                strict=True):
             self.assertEqual((line["val_acc"], line["train_acc"]),
@@ -1597,8 +1603,11 @@ class ProcessesTest(TestCase):
 
     def test_two_processes_learn_and_measure_what_one_does(self) -> None:
         write_images(self.folder / "images", train_count=6, val_count=3)  # 5 steps; 9 val images
+        torch.manual_seed(0)
+        torch.save(resnet18(num_classes=5).state_dict(), self.folder / "weights.pth")
         for count in (1, 2):
-            self.finish(self.start(count, f"of{count}", "--batch-size", 4))
+            self.finish(self.start(count, f"of{count}", "--batch-size", 4,
+                                   "--weights", self.folder / "weights.pth"))
         self.assert_close_runs("of2", "of1")
         self.assertEqual((self.folder / "of21.log").read_text(), "")  # only the first prints
 

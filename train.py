@@ -558,8 +558,8 @@ class Run:
     No random state is among it: seed, epoch, batch and rank decide that of every step.
 
     Args:
-        decay: of the moving average of the weights, a step, in [0, 1]; it is what is validated and
-            saved then. Default: None, the weights themselves
+        decay: of a moving average of the network's weights, a step, in [0, 1]. It is then the
+            average that is validated and saved. Default: None, the weights themselves
     """
 
     FIGURES = ("epoch", "batch", "totals", "seconds", "log", "best")
@@ -568,10 +568,9 @@ class Run:
                  scaler: torch.amp.GradScaler, decay: float | None = None) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.scheduler, self.scaler = scheduler, scaler
-        self.trained = nn.ModuleDict({"network": model.model, "loss": criterion})
         self.average = None if decay is None else AveragedModel(
-            self.trained, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        self.result = self.average.module if self.average else self.trained  # what is validated
+            model.model, multi_avg_fn=moving_average(decay), use_buffers=True)
+        self.result = self.average.module if self.average else model.model  # what is validated
         self.device = next(model.parameters()).device
         self.epoch = 0  # epochs completed
         self.log: list[dict] = []  # a line for each of them
@@ -587,11 +586,11 @@ class Run:
     def start_average(self) -> None:
         """Let the average begin with the weights as they are now."""
         self.average.n_averaged.zero_()
-        self.average.update_parameters(self.trained)
+        self.average.update_parameters(self.model.model)
 
     def parts(self) -> dict:
-        parts = {"trained": self.trained, "optimizer": self.optimizer,
-                 "scheduler": self.scheduler, "scaler": self.scaler}
+        parts = {"network": self.model.model, "criterion": self.criterion,
+                 "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
         return parts | {"average": self.average} if self.average else parts
 
     def state_dict(self) -> dict:
@@ -613,6 +612,22 @@ class Run:
             raise UserError(f"the loss is not finite in epoch {self.epoch + 1}, by batch "
                             f"{self.batch} (learning rate {rate:.3g}): try a lower --lr; last.pt "
                             "keeps the last good state")
+
+
+def moving_average(decay: float) -> Callable:
+    """The update of an AveragedModel: of whole numbers, such as positions, a copy.
+
+    As a mean of two equal ones, torch's rounding can make another of them.
+    """
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+        if averages[0].is_floating_point():
+            average(averages, values, count)
+        else:
+            for old, new in zip(averages, values):
+                old.copy_(new)
+    return update
 
 
 class Stopped(Exception):
@@ -703,15 +718,15 @@ class Checkpointer:
             return
         settings = {name: value for name, value in vars(args).items()
                     if name not in ("out", "resume", "compare", "check")}
-        checkpoint = {"model": run.result["network"].state_dict(), "arch": args.arch,
+        checkpoint = {"model": run.result.state_dict(), "arch": args.arch,
                       "classes": self.data.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
                       "std": list(IMAGENET_STD), "epoch": run.epoch,
                       "val_acc": max(0.0, (run.log or [run.best])[-1]["val_acc"]),
                       "data": args.data, "args": settings}
-        trained = run.epoch and args.distillation and args.alpha
-        if trained and isinstance(run.criterion, AuxiliaryClassifierLoss):
+        has_exit = run.epoch and args.distillation and args.alpha
+        if has_exit and isinstance(run.criterion, AuxiliaryClassifierLoss):
             layer = run.model.layer_names[0]
-            checkpoint["exits"] = {layer: run.result["loss"].classifier.state_dict()}
+            checkpoint["exits"] = {layer: run.criterion.classifier.state_dict()}
         if (run.epoch, run.batch) == (run.best["epoch"], 0):
             write_checkpoint(Path(args.out, "best.pt"), checkpoint)
         state = run.state_dict() | {"data": self.data.fingerprints}
@@ -767,7 +782,7 @@ def train_epoch(run: Run, network: nn.Module, batches: Iterable, sampler: EpochB
         run.scaler.update()
         run.scheduler.step()
         if run.average:
-            run.average.update_parameters(run.trained)
+            run.average.update_parameters(run.model.model)
 
         correct = (logits.argmax(dim=1) == labels).float().mean()
         figures = torch.stack([torch.ones_like(loss), loss, ce, distillation, correct])
@@ -785,12 +800,13 @@ def validate(run: Run, data: Data, args: argparse.Namespace,
              checkpointer: Checkpointer) -> Predictions:
     """Predictions for the val images, each by one of the processes, in the order of the folder."""
     if dist.is_initialized():
-        for buffer in run.result.buffers():  # the statistics of batch norm
-            dist.broadcast(buffer, src=0)
+        # Processes differ in batch norm's statistics, and rounding may differ in their averages.
+        for tensor in run.result.state_dict().values():
+            dist.broadcast(tensor, src=0)
     steps = math.ceil(len(data.val_set) / args.batch_size)
     loader = watched(data.val_loader, len(data.val_loader.dataset), "validating: images")
     batches = checkpointer.attend(loader, steps)
-    predictions = predict(run.result["network"], batches, run.device, args.precision, gather)
+    predictions = predict(run.result, batches, run.device, args.precision, gather)
     indices = torch.arange(len(data.val_set))
     order = torch.cat([indices[first::world_size()] for first in range(world_size())]).argsort()
     *columns, seconds = predictions
