@@ -1133,11 +1133,13 @@ class ComparisonTest(TestCase):
         model, criterion = hooked_resnet18(3, "none"), SelfDistillationLoss(alpha=0.25)
         criterion.adapter.requires_grad_(False)
         images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
-        _, ce, distillation = train.Distiller(model, criterion, "fp32", False)(images, labels)
-        criterion.combine(ce, distillation).backward()
+        _, loss, ce, distillation = train.Distiller(model, criterion, "fp32", False)(images, labels)
+        loss.backward()
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         model.zero_grad()
-        (0.75 * nn.functional.cross_entropy(model(images)[0], labels)).backward()
+        assert_close(loss, 0.75 * ce)
+        loss = 0.75 * nn.functional.cross_entropy(model(images)[0], labels)
+        loss.backward()
         assert_close(gradients, [parameter.grad for parameter in model.parameters()])
         self.assertGreater(distillation, 0)
 

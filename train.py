@@ -504,11 +504,11 @@ class Distiller(nn.Module):
     """The hooked network and its loss as one module, so that DDP averages the gradients of both.
 
     Args:
-        distill: False only measures the distillation term, of which there is then no gradient.
+        distill: False only measures the distillation term, which is then not part of the loss.
 
     Shape:
         - images: (N, 3, H, W); labels: (N)
-        - returns logits (N, K), and the two terms of the loss, scalars, which are computed in
+        - returns logits (N, K), and the loss and its two terms, scalars, which are computed in
           fp32 whatever the precision
     """
 
@@ -518,13 +518,13 @@ class Distiller(nn.Module):
         self.model, self.criterion = model, criterion
         self.precision, self.distill = precision, distill
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with autocast(images.device, self.precision):
             logits, student, teacher = self.model(images)
-        if not self.distill:
-            student, teacher = student.detach(), teacher.detach()
         logits = logits.float()
-        return logits, *self.criterion.terms(logits, labels, student.float(), teacher.float())
+        ce, distillation = self.criterion.terms(logits, labels, student.float(), teacher.float())
+        loss = self.criterion.combine(ce, distillation if self.distill else torch.zeros_like(ce))
+        return logits, loss, ce, distillation
 
 
 def make_optimizer(args: argparse.Namespace, model: HookedModel,
@@ -773,8 +773,7 @@ def train_epoch(run: Run, network: nn.Module, batches: Iterable, sampler: EpochB
         images = to_device(images, run.device)
         labels = labels.to(run.device, non_blocking=True)
         run.optimizer.zero_grad()
-        logits, ce, distillation = network(images, labels)
-        loss = run.criterion.combine(ce, distillation)
+        logits, loss, ce, distillation = network(images, labels)
         # DDP takes the mean over the processes, whose parts of a batch may differ by one image.
         share = len(labels) * world_size() / sampler.size(run.batch)
         run.scaler.scale(loss * share).backward()
