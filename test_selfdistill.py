@@ -1164,10 +1164,12 @@ class ComparisonTest(TestCase):
             self.assertEqual(args.resume, "auto")
             begun.append(f"{args.seed}-{'distillation' if args.distillation else 'control'}")
             self.assertEqual(args.out, str(self.folder / "out" / "compare" / begun[-1]))
+            self.assertEqual(args.precision, "fp32" if begun[-1] == "3-distillation" else "bf16")
             if len(begun) == 3:
                 return 143
             Path(args.out).mkdir(parents=True, exist_ok=True)
-            Path(args.out, "log.jsonl").write_text(f'{{"val_acc": 0.{len(begun)}}}\n')
+            torch.save({"val_acc": len(begun) / 10, "args": {"precision": "bf16"}},
+                       Path(args.out, "last.pt"))
             return 0
 
         with mock.patch.object(train, "fine_tune", stopped_once):
@@ -1182,6 +1184,16 @@ class ComparisonTest(TestCase):
             self.compare("out")
         self.assertEqual((self.folder / "out" / "compare.1.json").read_text(), figures)
         self.assertEqual(len(list((self.folder / "out" / "compare.1").iterdir())), 4)
+
+    def test_a_signal_after_the_last_step_of_a_run_stops_it_too(self) -> None:
+        def signalled(*arguments: object) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with mock.patch.object(train, "report", signalled), self.assertRaises(SystemExit) as caught:
+            self.compare("out")
+        self.assertEqual(caught.exception.code, 143)
+        self.assertEqual([path.name for path in (self.folder / "out" / "compare").iterdir()],
+                         ["3-distillation"])
 
     def test_the_gain_of_three_pairs_by_hand(self) -> None:
         def verdict_of(*differences: float) -> tuple[dict, str]:

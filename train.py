@@ -53,8 +53,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_colla
 from torchvision import datasets
 
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, AuxiliaryClassifierLoss, HookedModel,
-                         SelfDistillationLoss, find_classifier, hooked_classifier, pooled,
-                         train_transform, val_transform)
+                         SelfDistillationLoss, find_classifier, hooked_classifier, load_tensors,
+                         pooled, train_transform, val_transform)
 
 # What --recipe chooses. Of these alpha, batch_size and lr are flags too, which override it; lr is
 # for weights given, scratch_lr for random ones. `soft` is that of the auxiliary classifier's loss;
@@ -1217,16 +1217,19 @@ def fine_tune(arguments: list[str]) -> int:
             rewrite_line()
             checkpointer.save()
             launcher = "torchrun ..." if dist.is_initialized() else "python"
-            print(f"stopped in epoch {run.epoch + 1} after batch {run.batch}; go on with: "
-                  f"{launcher} {shlex.quote(sys.argv[0])} --resume "
-                  f"{shlex.quote(str(out / 'last.pt'))}", flush=True)
+            again = ("the same command and --resume" if args.compare else
+                     f"{launcher} {shlex.quote(sys.argv[0])} --resume "
+                     f"{shlex.quote(str(out / 'last.pt'))}")
+            print(f"stopped in epoch {run.epoch + 1} after batch {run.batch}; go on with: {again}",
+                  flush=True)
             return 128 + stopped.args[0]
     print(f"best val accuracy {run.best['val_acc']:.4f} in epoch {run.best['epoch']} (on "
           f"{len(data.val_set)} val images; ties go to the earlier epoch), "
           f"{duration(time.perf_counter() - started)}")
     print(f"python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
           f"{shlex.quote(str(out / 'best.pt'))}")
-    return 0
+    stop = max(gather([checkpointer.stop]))  # by a signal that came too late for this run
+    return 128 + stop if stop and args.compare else 0
 
 
 def compare(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -1246,20 +1249,22 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> int:
             code = fine_tune([*arguments, flag, f"--seed={seed}", f"--out={folder}",
                               "--resume=auto"])
             if code:
-                print("the comparison itself goes on with its own command and --resume")
                 return code
-            pair[arm] = from_first(last_accuracy, folder)
+            pair[arm], precision = from_first(outcome, folder)
+            arguments = [*arguments, f"--precision={precision}"]  # the same for all runs
         pairs.append(pair | {"difference": pair["distillation"] - pair["control"]})
+        if rank() == 0 and len(pairs) > 1:
+            figures = gain(pairs)
+            write_json(out / "compare.json", figures)
     if rank() == 0:
-        figures = gain(pairs)
-        write_json(out / "compare.json", figures)
         print_gain(figures)
     return 0
 
 
-def last_accuracy(out: Path) -> float:
-    """The val accuracy of the last epoch of a run."""
-    return json.loads((out / "log.jsonl").read_text().splitlines()[-1])["val_acc"]
+def outcome(out: Path) -> tuple[float, str]:
+    """The val accuracy of a run's last epoch, and the run's precision."""
+    checkpoint = load_tensors(out / "last.pt")
+    return checkpoint["val_acc"], checkpoint["args"]["precision"]
 
 
 def gain(pairs: list[dict]) -> dict:
