@@ -2098,6 +2098,8 @@ class BadInputTest(TestCase):
                 ([1, 2], "not a checkpoint"), ({"model": 3}, "not the weights of a torchvision"),
                 (models.mobilenet_v3_small().state_dict(), "not the weights of a torchvision"),
                 ({"fc.weight": torch.zeros(3, 512)}, "not the weights of a torchvision"),
+                (resnet18().state_dict() | {"bn1.bias": torch.full((64,), torch.nan)},
+                 "not all of its weights are finite"),
                 ({"model": torch.zeros(3)}, "not the weights of a torchvision")):
             torch.save(content, path)
             self.assertIn(f"error: {path}: {message}", self.train_error("--weights", path))

@@ -66,8 +66,7 @@ RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(soft=0.3),
     "blog": dict(alpha=0.5, batch_size=32, lr=0.01, scratch_lr=0.01, one_cycle=False,
-                 nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
-                 fine_tune=False),
+                 nesterov=False, weight_decay=0.0, crop_scale=(0.08, 1.0), fine_tune=False),
 }
 INITIAL_SHARE = 0.25  # of the weights given in the average of fine-tuned ones, after the last step
 COLLAPSED = 0.02  # the spread of features below which they are nearly alike
@@ -475,6 +474,8 @@ def make_model(args: argparse.Namespace, num_classes: int, weights: str,
     except OSError as error:
         raise UserError(f"cannot get the weights {weights!r} ({error}): give a FILE, or none for "
                         "random weights") from None
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{weights}: not all of its weights are finite")
     args.student_layer, args.teacher_layer = model.layer_names
     if device.type == "cuda" and world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -743,7 +744,7 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 class Progress:
-    """One line on a terminal, rewritten as training goes on; nothing elsewhere."""
+    """One line on a terminal, rewritten as training goes on; elsewhere only a check of the loss."""
 
     def __init__(self, epochs: int, batches: int, count: int) -> None:
         self.epochs, self.batches, self.count = epochs, batches, count
@@ -817,15 +818,16 @@ def fit_classifier(run: Run, data: Data, args: argparse.Namespace,
     """Fit a logistic regression to the features that the weights given yield.
 
     A random classifier would distort them first: Kumar et al., Fine-Tuning can Distort Pretrained
-    Features and Underperform Out-of-Distribution, arXiv:2202.10054. Some of the train images do,
-    seen as in validation.
+    Features and Underperform Out-of-Distribution, arXiv:2202.10054. A sample of the train images is
+    enough, seen as in validation.
     """
     count = min(len(data.train_set), 400 * len(data.classes), 20_000)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(data.train_set), generator=generator)[:count].tolist()
     loader = make_loader(Subset(data.train_set, chosen[rank()::world_size()]), run.device,
                          data.val_loader.num_workers, batch_size=data.val_loader.batch_size)
-    batches = checkpointer.attend(loader, math.ceil(count / args.batch_size))
+    watched_loader = watched(loader, len(loader.dataset), "fitting the classifier: images")
+    batches = checkpointer.attend(watched_loader, math.ceil(count / args.batch_size))
     name = find_classifier(run.model.model)
     classifier = run.model.model.get_submodule(name)
     headless = copy.deepcopy(run.model.model)  # a copy, as the run may be saved meanwhile
@@ -879,7 +881,8 @@ def health(run: Run, data: Data, seed: int) -> dict[str, float]:
 
     The ratio of its gradient to that of the cross-entropy, both as weighted in the loss, with
     respect to the student features; then, of the student and the teacher features, what
-    `norm_and_spread` tells. A copy of the network is used, so that nothing of the run changes.
+    `norm_and_spread` tells. It is the weights trained that are looked at, not their average, in a
+    copy of the network, so that nothing of the run changes.
     """
     seed = mix(seed, run.epoch)
     torch.manual_seed(seed)  # of dropout
@@ -1148,10 +1151,10 @@ def make_run(args: argparse.Namespace, device: torch.device, data: Data, resumed
     scheduler = make_scheduler(optimizer, RECIPES[args.recipe]["one_cycle"], steps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     classifier = model.model.get_submodule(find_classifier(model.model))
-    if not (RECIPES[args.recipe]["fine_tune"] and args.weights != "none"
-            and isinstance(classifier, nn.Linear)):
-        return Run(model, criterion, optimizer, scheduler, scaler)
-    return Run(model, criterion, optimizer, scheduler, scaler, decay=INITIAL_SHARE ** (1 / steps))
+    fine_tuned = (RECIPES[args.recipe]["fine_tune"] and args.weights != "none"
+                  and isinstance(classifier, nn.Linear))
+    return Run(model, criterion, optimizer, scheduler, scaler,
+               decay=INITIAL_SHARE ** (1 / steps) if fine_tuned else None)
 
 
 def restore(run: Run, checkpoint: dict, data: Data, args: argparse.Namespace) -> None:
@@ -1209,8 +1212,7 @@ def fine_tune(arguments: list[str]) -> int:
     with Checkpointer(run, args, data) as checkpointer:
         try:
             checkpointer.save()
-            at_start = (run.best, run.epoch, run.batch) == (NONE_YET, 0, 0)
-            if at_start and run.average:
+            if run.average and (run.best, run.epoch, run.batch) == (NONE_YET, 0, 0):
                 begin(run, data, args, checkpointer)
             train(run, data, args, checkpointer)
         except Stopped as stopped:
