@@ -70,7 +70,7 @@ class UnreadableImage(UserError):
 
 
 def load_image(path: str) -> Tensor:
-    """The image in a file, of any mode, as upright RGB: uint8 (3, H, W)."""
+    """The image in a file, as `to_rgb` turns it upright: uint8 (3, H, W)."""
     if path.lower().endswith((".jpg", ".jpeg")):
         try:
             data = torchvision.io.read_file(path)

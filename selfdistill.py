@@ -20,6 +20,7 @@ into a project of your own; it needs only torch and torchvision:
 Give the parameters of both, `model` and `criterion`, to the optimiser: the 1x1 convolution or the
 early classifier is trained too.
 """
+import contextlib
 import difflib
 import os
 import textwrap
@@ -40,12 +41,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB, turned upright as its EXIF orientation asks.
+    """An image of any mode of whole numbers as 8-bit RGB, turned upright as its EXIF data ask.
 
     16-bit values are scaled to 8 bits (Pillow alone would clip them); transparency is dropped.
+
+    Raises:
+        ValueError: the pixels are floating-point numbers, whose range is not known.
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, of unknown range: save it with 8 or 16 bits")
+    with contextlib.suppress(Exception):  # which damaged EXIF data raise, of many kinds
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     elif image.mode == "P":

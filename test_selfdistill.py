@@ -143,7 +143,7 @@ class TransformTest(TestCase):
     def test_images_of_every_mode_and_shape_become_normalised_tensors(self) -> None:
         low = [-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD)]
         high = [(1 - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD)]
-        for mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"):
+        for mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16"):
             for shape in ((37, 53), (300, 20), (1, 1)):
                 for transform in (train_transform(48), val_transform(48)):
                     with self.subTest(mode=mode, shape=shape):
@@ -158,6 +158,16 @@ class TransformTest(TestCase):
         for value, expected in ((0, 0), (32896, 128), (65535, 255)):
             pixel = selfdistill.to_rgb(Image.new("I;16", (1, 1), value)).getpixel((0, 0))
             self.assertEqual(pixel, (expected,) * 3)
+
+    def test_floating_point_pixels_are_refused(self) -> None:
+        Image.new("F", (8, 8), 0.7).save(self.folder / "depth.tif")
+        with self.assertRaisesRegex(evaluate.UnreadableImage, "depth.tif: floating-point pixels"):
+            evaluate.load_image(str(self.folder / "depth.tif"))
+
+    def test_damaged_exif_data_do_no_harm(self) -> None:
+        Image.new("L", (8, 8), 200).save(self.folder / "image.png", exif=b"Exif\0\0no TIFF")
+        image = evaluate.load_image(str(self.folder / "image.png"))
+        self.assertEqual(image.unique().tolist(), [200])
 
     def test_a_picture_turned_by_exif_is_seen_upright(self) -> None:
         stored = Image.new("L", (64, 64))
@@ -656,7 +666,7 @@ class DataTest(TestCase):
         folder.mkdir(parents=True)
         for mode, suffix in (("1", "png"), ("L", "jpg"), ("LA", "png"), ("P", "png"),
                              ("RGB", "webp"), ("RGBA", "png"), ("CMYK", "jpg"), ("CMYK", "tiff"),
-                             ("I;16", "png"), ("F", "tiff")):
+                             ("I;16", "png"), ("I", "tiff")):
             Image.new(mode, (9, 5)).save(folder / f"{mode.replace(';', '')}.{suffix}")
         data = evaluate.ImageFolder(self.folder / "val", val_transform(32, normalized=False))
         self.assertEqual(len(data), 10)
