@@ -193,8 +193,9 @@ def find_images(paths: list[str]) -> list[str]:
     for path in paths:
         inside = [path]
         if os.path.isdir(path):
-            inside = sorted(str(file) for file in Path(path).rglob("*")
-                            if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+            inside = sorted(os.path.join(folder, name)
+                            for folder, _, names in os.walk(path, followlinks=True)
+                            for name in names if datasets.folder.is_image_file(name))
             if not inside:
                 raise UserError(f"the folder {path} has no images in it")
         found += inside
@@ -209,15 +210,21 @@ def listed(names: list[str], most: int = 10) -> str:
 
 def find_splits(data: str | Path, *splits: str) -> Path:
     """The folder that holds the splits: `data` itself, or the one folder in it that does."""
+    def holds_them(folder: Path) -> bool:  # by isdir, as Path.is_dir raises where it may not look
+        return all(os.path.isdir(folder / split) for split in splits)
+
     data = Path(data)
-    if not data.is_dir():
+    if not os.path.isdir(data):
         raise UserError(f"data folder {data} does not exist")
-    inside = sorted(path for path in data.iterdir() if path.is_dir())
-    for folder in (data, *inside):
-        if all((folder / split).is_dir() for split in splits):
-            return folder
-    raise UserError(f"data folder {data} has no {' and '.join(f'{split}/' for split in splits)} "
-                    "in it, each with one folder of images for each class")
+    found = [data] if holds_them(data) else sorted(filter(holds_them, data.iterdir()))
+    named = " and ".join(f"{split}/" for split in splits)
+    if not found:
+        raise UserError(f"data folder {data} has no {named} in it, each with one folder of images "
+                        "for each class")
+    if len(found) > 1:
+        raise UserError(f"data folder {data} has several folders with {named} in it, "
+                        f"{listed(found)}: name one of them")
+    return found[0]
 
 
 def usable_cores() -> int:

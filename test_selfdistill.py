@@ -706,6 +706,15 @@ class DataTest(TestCase):
     def test_the_splits_may_lie_one_folder_deeper(self) -> None:
         write_images(self.folder / "outer" / "inner")
         self.assertEqual(train.find_data(str(self.folder / "outer")), self.folder / "outer/inner")
+        write_images(self.folder / "outer" / "other")
+        with self.assertRaisesRegex(evaluate.UserError, "several folders .*inner, .*other: name"):
+            train.find_data(str(self.folder / "outer"))
+
+    def test_images_are_found_in_linked_folders_too(self) -> None:
+        write_images(self.folder / "images", train_count=1, val_count=1)
+        (self.folder / "linked").mkdir()
+        (self.folder / "linked" / "val").symlink_to(self.folder / "images" / "val")
+        self.assertEqual(len(evaluate.find_images([str(self.folder / "linked")])), 3)
 
 
 class CheckTest(TestCase):
