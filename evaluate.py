@@ -52,6 +52,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from selfdistill import load_tensors, normalize, pooled, to_rgb, val_transform
 
 SIZES = (32, 2048)  # the least and the most pixels of an image's sides
+# In messages of torch's: of accelerators, of CPUs, of a loader's workers, and of what these share.
+OUT_OF_MEMORY = ("out of memory", "t allocate memory", "DataLoader worker (pid", "shared memory")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -829,7 +831,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
 
 def write_file(path: str | Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.parent / f".{path.name}.tmp"
     try:
         if path.exists() and not path.is_file():  # a pipe or a device, which stays what it is
@@ -874,13 +876,17 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         hint = " (--skip-unreadable leaves such images out)"
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}"
                  + (hint if isinstance(error, UnreadableImage) else ""))
-    except torch.OutOfMemoryError as error:  # of an accelerator
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).partition('. ')[0]}: use a smaller "
-                 "--batch-size, or train at a smaller --size")
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: out of memory: use a smaller --batch-size, "
+                 "fewer --workers, more shared memory (docker run --shm-size), or train at a "
+                 "smaller --size")
     except BrokenPipeError:  # of `evaluate.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -2140,9 +2140,20 @@ class BadInputTest(TestCase):
                 self.assertRegex(self.train_error("--weights", "imagenet"), message)
 
     def test_too_little_memory_is_told_in_one_line(self) -> None:
-        full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has")
-        self.assertRegex(self.error_of(mock.Mock(side_effect=full)),
-                         "error: CUDA out of memory: use a smaller --batch-size")
+        for full in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0"),
+                     RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: "
+                                  "can't allocate memory: you tried to allocate 9 bytes")):
+            self.assertIn("error: out of memory: use a smaller --batch-size",
+                          self.error_of(mock.Mock(side_effect=full)))
+        with self.assertRaisesRegex(RuntimeError, "other"):
+            evaluate.run_script(mock.Mock(side_effect=RuntimeError("other")))
+
+    def test_a_link_stays_one_to_the_file_written(self) -> None:
+        (self.folder / "link").symlink_to("file")
+        for content in (b"first", b"second"):
+            evaluate.write_file(self.folder / "link", content)
+            self.assertTrue((self.folder / "link").is_symlink())
+            self.assertEqual((self.folder / "file").read_bytes(), content)
 
     def test_a_pipe_is_written_to_and_not_replaced(self) -> None:
         os.mkfifo(self.folder / "pipe")
