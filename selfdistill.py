@@ -289,8 +289,9 @@ def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = 
         weights: "imagenet" (torchvision's best, downloaded once), "none" (random), or a file that
             holds a state dict of this network, alone or under the key "model". A file's
             classifying layer is kept if it has `num_classes` outputs; otherwise it is made anew.
-        student_layer: see `HookedModel`. Default: that of `find_layers`
-        teacher_layer: the same.
+        student_layer: see `HookedModel`. Default: as published, "layer2.1", of resnet18, of others
+            that of `find_layers`
+        teacher_layer: the same; of resnet18 "layer4.1".
 
     Raises:
         ValueError: there is no such network or layer, num_classes is below 1, or the file holds
@@ -309,7 +310,7 @@ def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = 
     if weights != "none":
         _load_weights(model, arch, weights)
     if student_layer is None or teacher_layer is None:
-        found = find_layers(model)
+        found = ("layer2.1", "layer4.1") if arch == "resnet18" else find_layers(model)
         student_layer, teacher_layer = student_layer or found[0], teacher_layer or found[1]
     return HookedModel(model, student_layer, teacher_layer)
 
@@ -335,7 +336,7 @@ def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> No
 
 def hooked_resnet18(num_classes: int, weights: str | os.PathLike = "imagenet") -> HookedModel:
     """`hooked_classifier` of ResNet18, at layer2.1 and layer4.1, as published."""
-    return hooked_classifier("resnet18", num_classes, weights, "layer2.1", "layer4.1")
+    return hooked_classifier("resnet18", num_classes, weights)
 
 
 def load_tensors(path: str | os.PathLike) -> dict:

@@ -463,12 +463,10 @@ def refuse_small_batches(batches: EpochBatches, size: int) -> None:
 
 def make_model(args: argparse.Namespace, num_classes: int, weights: str,
                device: torch.device) -> HookedModel:
-    layers = args.student_layer, args.teacher_layer
-    if args.arch == "resnet18":  # as published
-        layers = layers[0] or "layer2.1", layers[1] or "layer4.1"
     try:
         with first_on_its_machine_first():
-            model = hooked_classifier(args.arch, num_classes, weights, *layers)
+            model = hooked_classifier(args.arch, num_classes, weights, args.student_layer,
+                                      args.teacher_layer)
     except ValueError as error:
         raise UserError(str(error)) from None
     except OSError as error:
