@@ -931,8 +931,11 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         if args.export.suffix == ".pth" and args.exit:
             parser.error("--export: a .pth is a network of torchvision's, an exit is none: use "
                          ".pt2 or .onnx")
-        if args.json or args.save_predictions:
-            parser.error("--export makes no predictions: it takes no --json or --save-predictions")
+    for name, useless in (("export", ("json", "save_predictions", "batch_size", "precision")),
+                          ("predict", ("data", "skip_unreadable"))):
+        given = [f"--{flag.replace('_', '-')}" for flag in useless if getattr(args, flag)]
+        if getattr(args, name) and given:
+            parser.error(f"--{name} takes no {' or '.join(given)}")
     return args
 
 

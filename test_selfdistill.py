@@ -2194,6 +2194,7 @@ class BadInputTest(TestCase):
                 (("--export", "network.tf"), "must end in one of .pt2, .onnx, .pth"),
                 (("--export", "network.pth", "--exit", "layer2.1"), "an exit is none"),
                 (("--export", "network.pth", "--json", "figures.json"), "takes no --json"),
+                (("--predict", "cat.jpg", "--data", "images"), "--predict takes no --data"),
                 (("--export", "network.pth", "--predict", "a.jpg"), "not allowed with")):
             self.assertIn(message, self.error_of(evaluate.main, checkpoint, *flags))
         with mock.patch.dict(sys.modules, onnx=None):
