@@ -831,8 +831,9 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
 
 def write_file(path: str | Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed."""
-    path = Path(os.path.realpath(path))  # a link stays one
-    temporary = path.parent / f".{path.name}.tmp"
+    path = Path(path)
+    target = Path(os.path.realpath(path))  # a link stays one
+    temporary = target.parent / f".{target.name}.tmp"
     try:
         if path.exists() and not path.is_file():  # a pipe or a device, which stays what it is
             path.write_bytes(content)
@@ -841,7 +842,7 @@ def write_file(path: str | Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         try:
             temporary.unlink(missing_ok=True)

@@ -2163,6 +2163,11 @@ class BadInputTest(TestCase):
             evaluate.write_file(self.folder / "pipe", b"figures")
             self.assertEqual(read.get(10), b"figures")
         self.assertTrue((self.folder / "pipe").is_fifo())
+        read, write = os.pipe()
+        evaluate.write_file(f"/dev/fd/{write}", b"figures")  # as --json /dev/stdout | ...
+        self.assertEqual(os.read(read, 7), b"figures")
+        os.close(read)
+        os.close(write)
 
     def test_an_out_folder_that_cannot_be_written(self) -> None:
         (self.folder / "file").write_text("")
