@@ -50,9 +50,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels, of unknown range: save it with 8 or 16 bits")
+    turned = False
     with contextlib.suppress(Exception):  # which damaged EXIF data raise, of many kinds
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    if turned:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     elif image.mode == "P":
