@@ -1240,18 +1240,17 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> int:
     out = Path(args.out)
     if rank() == 0:
         make_out(out, ("compare", "compare.json"), resumed=args.resume is not None)
-    pairs = []
+    pairs, precision = [], args.precision
     for seed in range(args.seed, args.seed + args.compare):
         pair = {"seed": seed}
         for arm, flag in (("distillation", "--distillation"), ("control", "--no-distillation")):
             print(f"\nrun {2 * len(pairs) + len(pair)} of {2 * args.compare}: {arm}, seed {seed}")
             folder = out / "compare" / f"{seed}-{arm}"
             code = fine_tune([*arguments, flag, f"--seed={seed}", f"--out={folder}",
-                              "--resume=auto"])
+                              f"--precision={precision}", "--resume=auto"])
             if code:
                 return code
-            pair[arm], precision = from_first(outcome, folder)
-            arguments = [*arguments, f"--precision={precision}"]  # the same for all runs
+            pair[arm], precision = from_first(outcome, folder)  # the same one for all runs
         pairs.append(pair | {"difference": pair["distillation"] - pair["control"]})
         if rank() == 0 and len(pairs) > 1:
             figures = gain(pairs)
