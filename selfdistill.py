@@ -1,31 +1,28 @@
-"""Self-distillation in one file: a network's early layers learn beside its deep ones.
+"""Self-distillation in one file: a network's early layers learn from its own deep ones.
 
-There is no second network: a hook takes an early and a deep feature map (the student's and the
-teacher's) out of the one that is trained, for ResNet18 the outputs of layer2 and layer4. The loss
-has a second term beside the cross-entropy, in one of two forms:
-
-    loss = (1 - alpha) * CE(logits, labels) + alpha * MSE(resize(student), conv1x1(teacher))
-    loss = (1 - alpha) * CE(logits, labels) + alpha * CE(linear(mean(student)), labels)
-
-The first, `SelfDistillationLoss`, is the hint of Romero et al., FitNets, arXiv:1412.6550, equation
-3, within one network; in the second, `AuxiliaryClassifierLoss`, the network's own output can teach
-the early classifier too, as in Zhang et al., Be Your Own Teacher, arXiv:1905.08094. Copy this file
-into a project of your own; it needs only torch and torchvision:
+There is no second network: hooks take early and deep features (the student's and the teacher's)
+out of the one that is trained, for ResNet18 those of layer2 and layer4, and a loss beside the
+cross-entropy makes the early layers learn from the deep features (Romero et al., FitNets,
+arXiv:1412.6550, within one network), from the labels (Lee et al., Deeply-Supervised Nets,
+arXiv:1409.5185) or from the network's own output (Zhang et al., Be Your Own Teacher,
+arXiv:1905.08094). Copy this file into a project of your own; it needs only torch and torchvision:
 
     model = hooked_resnet18(num_classes=10)
-    criterion = AuxiliaryClassifierLoss(num_classes=10)
+    criterion = SelfDistillationLoss()
     logits, student, teacher = model(images)
     loss = criterion(logits, labels, student, teacher)
 
-Give the parameters of both, `model` and `criterion`, to the optimiser: the 1x1 convolution or the
-early classifier is trained too.
+Give the parameters of both, `model` and `criterion`, to the optimiser.
 """
 import contextlib
 import difflib
+import math
 import os
 import textwrap
+import threading
 import zipfile
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -40,8 +37,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+# Images
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode of whole numbers as 8-bit RGB, turned upright as its EXIF data ask.
+    """Convert an image of any mode to 8-bit RGB, upright by its EXIF orientation.
 
     16-bit values are scaled to 8 bits (Pillow alone would clip them); transparency is dropped.
 
@@ -51,7 +50,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels, of unknown range: save it with 8 or 16 bits")
     turned = False
-    with contextlib.suppress(Exception):  # which damaged EXIF data raise, of many kinds
+    with contextlib.suppress(Exception):  # damaged EXIF data raise errors of many kinds
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     if turned:
         image = ImageOps.exif_transpose(image)
@@ -63,7 +62,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 images (..., 3, H, W) as floats, normalised as torchvision's ImageNet weights expect.
+    """Turn uint8 images (..., 3, H, W) into floats with ImageNet's mean and deviation removed.
 
     Cheapest for a whole batch at once, on the device that trains.
     """
@@ -89,41 +88,48 @@ def train_transform(size: int = 224, scale: tuple[float, float] = (0.08, 1.0),
     """Random crop and mirroring: PIL image or uint8 tensor -> float tensor (3, size, size).
 
     Args:
-        size: height and width of the result, in pixels.
-        scale: least and largest share of the image's area that a crop takes.
+        size: height and width of the result, in pixels. Default: 224
+        scale: range of a crop's share of the image's area. Default: (0.08, 1.0)
         normalized: False leaves the result in uint8, for `normalize` to do whole batches.
+            Default: True
     """
     return _compose([_RandomResizedCrop(size, scale), v2.RandomHorizontalFlip()], normalized)
 
 
 def val_transform(size: int = 224, normalized: bool = True) -> v2.Compose:
-    """Centre crop at 7/8 of the shorter side: PIL image or uint8 tensor -> tensor (3, size, size).
+    """Centre crop of 7/8 of the shorter side: PIL image or uint8 tensor -> tensor (3, size, size).
 
     Args:
-        size: height and width of the result, in pixels; 224 is cut out of 256, as is usual.
-        normalized: as in `train_transform`.
+        size: height and width of the result, in pixels (224 is cut out of 256). Default: 224
+        normalized: as in `train_transform`. Default: True
     """
     return _compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)], normalized)
 
 
-class HookedModel(nn.Module):
-    """Wraps a network so that its forward also returns the output of two of its layers.
+# The network and its hooks
 
-    The network itself is untouched and stays at `.model`. The wrapper keeps no feature alive
-    between two calls. Usable as a context manager, which removes the hooks at its end.
+class HookedModel(nn.Module):
+    """Wraps a network so that its forward also returns the features of some of its layers.
+
+    The network itself is untouched and stays at `.model`. No feature is kept between two calls, and
+    calls in several threads do not mix. As a context manager it removes its hooks at the end.
 
     Args:
         model: any network that maps images to logits.
-        student_layer: dotted name of the shallow layer, as in `model.named_modules()`.
-        teacher_layer: dotted name of the deep layer.
+        student_layer: dotted name of the early layer, as in `model.named_modules()`, or a sequence
+            of names, shallow first. Default: "layer2.1"
+        teacher_layer: dotted name of the deep layer. Default: "layer4.1"
 
     Shape:
         - images: (N, 3, H, W)
-        - returns logits (N, num_classes), student features (N, C_s, H_s, W_s) and teacher
-          features (N, C_t, H_t, W_t); or tokens (N, L, C), if that is what the layers give
+        - returns logits (N, K), student features (N, C_s, H_s, W_s), or a tuple of them for a
+          sequence of names, and teacher features (N, C_t, H_t, W_t); features of transformers are
+          tokens (N, L, C)
 
     Raises:
         ValueError: a layer is not in the network; the message lists close matches.
+        RuntimeError: in forward, a layer is not used, is used more than once, or its output is
+            changed in place.
 
     Example:
         >>> with HookedModel(models.resnet18(num_classes=10)) as hooked:
@@ -132,58 +138,67 @@ class HookedModel(nn.Module):
         (torch.Size([2, 10]), torch.Size([2, 128, 8, 8]), torch.Size([2, 512, 2, 2]))
     """
 
-    def __init__(self, model: nn.Module, student_layer: str = "layer2.1",
+    def __init__(self, model: nn.Module, student_layer: str | Sequence[str] = "layer2.1",
                  teacher_layer: str = "layer4.1") -> None:
         super().__init__()
-        layers = [_find_layer(model, name) for name in (student_layer, teacher_layer)]
+        self.several = not isinstance(student_layer, str)
+        self.student_layers = tuple(student_layer) if self.several else (student_layer,)
+        if not self.student_layers:
+            raise ValueError("student_layer is an empty sequence")
+        self.teacher_layer = teacher_layer
+        self.layer_names = (*self.student_layers, teacher_layer)
+        layers = {name: _find_layer(model, name) for name in self.layer_names}
         self.model = model
-        self.layer_names = (student_layer, teacher_layer)
-        self._features: list[Tensor | None] | None = None  # a list only while forward runs
+        self._features: dict[int, dict[str, tuple]] = {}  # by thread, while it is in forward
         # partial, not a lambda: copy.deepcopy then ties a copy's hooks to the copy.
-        self._handles = [layer.register_forward_hook(partial(self._record, position))
-                         for position, layer in enumerate(layers)]
+        self._handles = [layer.register_forward_hook(partial(self._record, name))
+                         for name, layer in layers.items()]
 
-    def _record(self, position: int, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if self._features is not None:
-            if self._features[position] is not None:
-                raise RuntimeError(f"layer {self.layer_names[position]!r} is used more than once")
-            self._features[position] = output
+    def _record(self, name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        features = self._features.get(_thread())
+        if features is not None:
+            if name in features:
+                raise RuntimeError(f"layer {name!r} is used more than once")
+            features[name] = output, _version(output)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not self._handles:
-            raise RuntimeError("the hooks have been removed: wrap the network in a new HookedModel")
-        self._features = [None, None]
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, ...], Tensor]:
+        recorded = self._features[_thread()] = {}
         try:
             logits = self.model(images)
-            student, teacher = self._features
         finally:
-            self._features = None
-        for name, features in zip(self.layer_names, (student, teacher)):
-            if features is None:
-                raise RuntimeError(f"layer {name!r} took no part in the network's forward")
-        return logits, student, teacher
+            del self._features[_thread()]
+        features = []
+        for name in self.layer_names:
+            if name not in recorded:
+                raise RuntimeError(f"layer {name!r} took no part in the network's forward, or its "
+                                   "hook has been removed")
+            output, version = recorded[name]
+            if version != _version(output):
+                raise RuntimeError(f"the output of layer {name!r} is changed in place by a later "
+                                   "layer: name that one")
+            features.append(output)
+        *students, teacher = features
+        return logits, tuple(students) if self.several else students[0], teacher
 
-    def dry_run(self, size: int = 224) -> tuple[Tensor, Tensor, Tensor]:
-        """What forward returns for one black image, in eval mode; the network stays as it is.
+    def dry_run(self, size: int = 224) -> tuple[Tensor, Tensor | tuple[Tensor, ...], Tensor]:
+        """Forward one black image of `size` pixels, in eval mode; the network stays as it is."""
+        return _dry_run(self, size)
 
-        Args:
-            size: height and width of that image, in pixels.
+    def feature_channels(self, size: int = 224) -> tuple[int | tuple[int, ...], int]:
+        """Channels of the student and teacher features, as SelfDistillationLoss takes them.
 
         Raises:
             ValueError: a layer gives neither maps nor tokens.
         """
-        logits, *features = _dry_run(self, size)
-        for name, output in zip(self.layer_names, features):
-            if not (_is_map(output) or isinstance(output, Tensor) and output.ndim == 3):
-                shape = tuple(getattr(output, "shape", ())) or type(output).__name__
+        _, students, teacher = self.dry_run(size)
+        channels = []
+        for name, features in zip(self.layer_names, (*as_tuple(students), teacher)):
+            if not (_is_map(features) or isinstance(features, Tensor) and features.ndim == 3):
+                shape = tuple(getattr(features, "shape", ())) or type(features).__name__
                 raise ValueError(f"layer {name!r} gives features of the shape {shape}, which are "
                                  "neither maps (N, C, H, W) nor tokens (N, L, C)")
-        return logits, *features
-
-    def feature_channels(self, size: int = 224) -> tuple[int, int]:
-        """Channels of the student's and the teacher's features, from a `dry_run`."""
-        _, student, teacher = self.dry_run(size)
-        return pooled(student).shape[1], pooled(teacher).shape[1]
+            channels.append(pooled(features).shape[1])
+        return tuple(channels[:-1]) if self.several else channels[0], channels[-1]
 
     def remove_hooks(self) -> None:
         """Leave the network as it was; calling it twice is fine."""
@@ -196,6 +211,27 @@ class HookedModel(nn.Module):
 
     def __exit__(self, *exception) -> None:
         self.remove_hooks()
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _version(output: object) -> int:
+    """Number of in-place changes to a tensor, where torch counts them."""
+    if torch.compiler.is_compiling() or not isinstance(output, Tensor) or output.is_inference():
+        return 0
+    return output._version
+
+
+def as_tuple(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The student features as a tuple, of one or several layers."""
+    return (features,) if isinstance(features, Tensor) else tuple(features)
+
+
+def pooled(features: Tensor) -> Tensor:
+    """Mean of maps (N, C, H, W) over the image, or of tokens (N, L, C): (N, C)."""
+    return features.mean(dim=(2, 3) if features.ndim == 4 else 1)
 
 
 def _find_layer(model: nn.Module, name: str) -> nn.Module:
@@ -228,25 +264,28 @@ def _is_map(output: object) -> bool:
     return isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3]
 
 
-def find_layers(model: nn.Module, size: int = 224) -> tuple[str, str]:
-    """Names of the student's and the teacher's layer that suit a network.
+def find_layers(model: nn.Module, size: int = 224,
+                students: int = 1) -> tuple[str | tuple[str, ...], str]:
+    """Find student and teacher layers that suit a network, as `HookedModel` takes them.
 
-    The teacher is the last layer with the smallest maps, the student the last one with maps of four
-    times their height: of ResNets, layer4 and layer2. Of a network whose maps are all alike, such
-    as a vision transformer, they are the last of its blocks and the one half-way.
+    The teacher is the last layer with the smallest maps, the students are the last ones with maps
+    of four times and of twice that height: of ResNets, layer2 and layer3, and layer4. Where maps
+    are all alike, as in a vision transformer, the teacher is the last block, and the students are
+    those half-way and at three quarters.
 
     Args:
-        size: height and width, in pixels, of an image that the network takes.
+        size: height and width, in pixels, of an image that the network takes. Default: 224
+        students: number of student layers; 1 gives a name instead of a tuple. Default: 1
 
     Raises:
         ValueError: there are no such layers.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    outputs: dict[str, Tensor] = {}  # of each module, in the order in which they finish
+    outputs: dict[str, tuple[Tensor, int]] = {}  # by module, in the order in which they finish
 
     def record(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor):
-            outputs[name] = output
+            outputs[name] = output, _version(output)
 
     handles = [module.register_forward_hook(partial(record, name))
                for name, module in modules.items()]
@@ -256,34 +295,43 @@ def find_layers(model: nn.Module, size: int = 224) -> tuple[str, str]:
         for handle in handles:
             handle.remove()
 
-    outermost = {id(output): name for name, output in outputs.items()}  # of those that hand it on
-    sides = {name: outputs[name].shape[-1] for name in outermost.values()
-             if _is_map(outputs[name]) and outputs[name].shape[-1] > 1}
-    if len(set(sides.values())) > 2:
-        smallest, _, four_times, *_ = sorted(set(sides.values()))
-        return tuple(min(reversed([name for name in sides if sides[name] == side]),
-                         key=lambda name: name.count(".")) for side in (four_times, smallest))
-    alike = defaultdict(list)
-    for name, output in outputs.items():
+    stages: dict[int, str] = {}  # by the height of maps, the last of the outermost layers
+    blocks = defaultdict(list)  # of tokens, by parent and type
+    # Of the layers that hand on one output, the outermost; none that is changed in place.
+    for name in {id(output): name for name, (output, _) in outputs.items()}.values():
+        output, version = outputs[name]
+        if _is_map(output) and output.shape[2] > 1 and version == _version(output):
+            height = output.shape[2]
+            if name.count(".") <= stages.get(height, name).count("."):
+                stages[height] = name
+    for name, (output, _) in outputs.items():
         if output.ndim == 3:
-            alike[name.rpartition(".")[0], type(modules[name])].append(name)
-    blocks = max(alike.values(), key=len, default=[])
-    if len(blocks) < 2:
-        raise ValueError(f"no layers of {type(model).__name__} suggest themselves as student and "
-                         "teacher: give their names")
-    return blocks[len(blocks) // 2 - 1], blocks[-1]
+            blocks[name.rpartition(".")[0], type(modules[name])].append(name)
+    depth = max(2, students)
+    if len(stages) > depth:
+        layers = [stages[height] for height in sorted(stages, reverse=True)][-1 - depth:]
+        found, teacher = layers[:students], layers[-1]
+    else:
+        layers = max(blocks.values(), key=len, default=[])
+        if len(layers) < 2 * students:
+            raise ValueError(f"no {students + 1} layers of {type(model).__name__} suggest "
+                             "themselves as student and teacher: give their names")
+        found = [layers[len(layers) * (students + k) // (2 * students) - 1]
+                 for k in range(students)]
+        teacher = layers[-1]
+    return found[0] if students == 1 else tuple(found), teacher
 
 
 def find_classifier(model: nn.Module) -> str:
-    """The name of the layer that gives the logits: the last one that is linear or convolves."""
+    """Name of the layer that gives the logits: the last one that is linear or convolves."""
     return [name for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
 
 
 def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = "imagenet",
-                      student_layer: str | None = None,
-                      teacher_layer: str | None = None) -> HookedModel:
-    """A classifier of torchvision's with `num_classes` outputs, hooked at two of its layers.
+                      student_layer: str | Sequence[str] | None = None,
+                      teacher_layer: str | None = None, students: int = 1) -> HookedModel:
+    """Make a classifier of torchvision's with `num_classes` outputs, with its layers hooked.
 
     Args:
         arch: name of a function in torchvision.models, such as "resnet50".
@@ -291,30 +339,43 @@ def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = 
         weights: "imagenet" (torchvision's best, downloaded once), "none" (random), or a file that
             holds a state dict of this network, alone or under the key "model". A file's
             classifying layer is kept if it has `num_classes` outputs; otherwise it is made anew.
-        student_layer: see `HookedModel`. Default: as published, "layer2.1", of resnet18, of others
-            that of `find_layers`
-        teacher_layer: the same; of resnet18 "layer4.1".
+            Default: "imagenet"
+        student_layer: see `HookedModel`. Default: as published, "layer2.1" for resnet18 (and
+            "layer3.1" for a second one); for others as `find_layers` has it
+        teacher_layer: the same; for resnet18 "layer4.1".
+        students: number of student layers to find. Default: 1
 
     Raises:
         ValueError: there is no such network or layer, num_classes is below 1, or the file holds
             something else.
         OSError: the weights cannot be downloaded, or the file cannot be read.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    known = models.list_models(module=models)
-    if arch not in known:
-        raise ValueError(f"no classifier {arch!r} in torchvision.models; "
-                         + _did_you_mean(arch, known))
-    model = models.get_model(arch, num_classes=num_classes)
+    model = _make_classifier(arch, num_classes)
     if hasattr(model, "aux_logits"):
         raise ValueError(f"{arch} returns more than logits in training, which no loss here takes")
     if weights != "none":
         _load_weights(model, arch, weights)
     if student_layer is None or teacher_layer is None:
-        found = ("layer2.1", "layer4.1") if arch == "resnet18" else find_layers(model)
+        published = {1: "layer2.1", 2: ("layer2.1", "layer3.1")}
+        found = ((published[students], "layer4.1") if arch == "resnet18" and students in published
+                 else find_layers(model, students=students))
         student_layer, teacher_layer = student_layer or found[0], teacher_layer or found[1]
     return HookedModel(model, student_layer, teacher_layer)
+
+
+def hooked_resnet18(num_classes: int, weights: str | os.PathLike = "imagenet") -> HookedModel:
+    """`hooked_classifier` of ResNet18, at layer2.1 and layer4.1, as published."""
+    return hooked_classifier("resnet18", num_classes, weights)
+
+
+def _make_classifier(arch: str, num_classes: int) -> nn.Module:
+    known = models.list_models(module=models)
+    if arch not in known:
+        raise ValueError(f"no classifier {arch!r} in torchvision.models; "
+                         + _did_you_mean(arch, known))
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    return models.get_model(arch, num_classes=num_classes)
 
 
 def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> None:
@@ -336,13 +397,8 @@ def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> No
                          f"{textwrap.shorten(str(error), 200)}") from None
 
 
-def hooked_resnet18(num_classes: int, weights: str | os.PathLike = "imagenet") -> HookedModel:
-    """`hooked_classifier` of ResNet18, at layer2.1 and layer4.1, as published."""
-    return hooked_classifier("resnet18", num_classes, weights)
-
-
 def load_tensors(path: str | os.PathLike) -> dict:
-    """The dict in a file that torch.save wrote. Nothing in the file is ever executed.
+    """Load the dict in a file that torch.save wrote. Nothing in the file is ever executed.
 
     Raises:
         OSError: the file cannot be opened.
@@ -365,83 +421,53 @@ def load_tensors(path: str | os.PathLike) -> dict:
     return content
 
 
-class _TwoTermLoss(nn.Module):
-    """(1 - alpha) * cross-entropy + alpha * a second term, which subclasses define."""
+# The loss
 
-    def __init__(self, alpha: float, label_smoothing: float, **channels: int) -> None:
-        super().__init__()
-        for name, value in (("alpha", alpha), ("label_smoothing", label_smoothing)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
-        for name, value in channels.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.alpha = alpha
-        self.label_smoothing = label_smoothing
-
-    def forward(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor,
-                teacher_intermediate: Tensor | None = None) -> Tensor:
-        ce, distillation = self.terms(student_logits, labels, student_intermediate,
-                                      teacher_intermediate)
-        return self.combine(ce, distillation)
-
-    def terms(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor,
-              teacher_intermediate: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The two terms apart, neither weighted: cross-entropy, distillation."""
-        return self.cross_entropy(student_logits, labels), self.distillation(
-            student_logits, labels, student_intermediate, teacher_intermediate)
-
-    def combine(self, ce: Tensor, distillation: Tensor) -> Tensor:
-        """The loss from its two terms."""
-        return self.alpha * distillation + (1 - self.alpha) * ce
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-
-
-def pooled(features: Tensor) -> Tensor:
-    """The mean of maps (N, C, H, W) over the image, or of tokens (N, L, C): (N, C)."""
-    return features.mean(dim=(2, 3) if features.ndim == 4 else 1)
-
-
-def _check_channels(name: str, features: Tensor, channels: int, tokens: bool = False) -> None:
-    if not (features.ndim == 4 and features.shape[1] == channels
-            or tokens and features.ndim == 3 and features.shape[2] == channels):
-        raise ValueError(f"{name} features must have the shape (N, {channels}, H, W)"
-                         + f" or (N, L, {channels})" * tokens + f", got {tuple(features.shape)}")
-
-
-class SelfDistillationLoss(_TwoTermLoss):
-    r"""Cross-entropy plus the distance of early features from adapted deep ones.
+class SelfDistillationLoss(nn.Module):
+    r"""Cross-entropy plus what early layers learn from deep features, labels and own outputs.
 
     .. math::
-        L = \alpha \, \mathrm{MSE}(\mathrm{resize}(S), \mathrm{adapter}(T))
-            + (1 - \alpha) \, \mathrm{CE}(\mathrm{logits}, \mathrm{labels})
+        L = (1 - \alpha) \, \mathrm{CE}(z, y) + \alpha \sum_l \big[
+            \mathrm{hint} \cdot d(S_l, \mathrm{adapter}_l(T)) + \mathrm{labels} \cdot
+            \mathrm{CE}(e_l, y) + \mathrm{soft} \cdot \tau^2 \, \mathrm{KL}(
+            \mathrm{softmax}(z / \tau) \,\|\, \mathrm{softmax}(e_l / \tau)) \big]
 
-    The adapter is a 1x1 convolution from the teacher's channels to the student's; resize is
-    bilinear, with align_corners=False, to the teacher's height and width. The defaults give the
-    published formula exactly.
+    for logits *z*, labels *y*, teacher features *T* and, for each student layer *l*, its features
+    *S*, brought to the height and width of *T* (bilinear, align_corners=False), an adapter, a 1x1
+    convolution, and early logits *e*, a linear classifier of the mean of *S* over the image. The
+    distance *d* is the mean square; no gradient flows from the soft term into *z*. The defaults
+    are the published formula exactly.
 
     Args:
-        alpha: weight of the distillation term, in [0, 1]. Default: 0.5
-        student_channels: channels of the student features. Default: 128 (ResNet18's layer2)
+        alpha: weight of all but the cross-entropy, in [0, 1]. Default: 0.5
+        student_channels: channels of the student features, or a sequence of them, for as many
+            layers. Default: 128 (ResNet18's layer2)
         teacher_channels: channels of the teacher features. Default: 512 (ResNet18's layer4)
-        detach_teacher: stop the gradient at the teacher features, so that the deep layers are
-            not drawn towards the early ones (Chen & He, SimSiam, arXiv:2011.10566, section 4.1).
-            The adapter still learns. Default: False
-        normalize: scale both features to unit length over the channels before they are compared,
-            so that the term changes neither with their magnitude nor with the resolution; it then
-            lies between 0 and 4 / student_channels. Default: False
-        label_smoothing: of the cross-entropy, in [0, 1]. Default: 0.0
+        detach_teacher: stop the hint's gradient at the teacher features, so that the deep layers
+            are not drawn towards the early ones (Chen & He, SimSiam, arXiv:2011.10566, section
+            4.1). The adapter still learns. Default: False
+        normalize: compare directions: *d* is the mean over positions of the squared distance
+            between unit vectors over the channels, 2 - 2 cos, from 0 to 4 (Grill et al., BYOL,
+            arXiv:2006.07733, equation 2). Default: False
+        hint: weight of the distance of features, at least 0. Default: 1.0
+        labels: weight of the early classifiers' cross-entropy, at least 0. Default: 0.0
+        soft: weight of the divergence from the network's own output, at least 0. Default: 0.0
+        num_classes: outputs of an early classifier; needed if labels or soft is above 0.
+        temperature: :math:`\tau` of the soft term, above 0. Default: 3.0
+        label_smoothing: of all cross-entropies, in [0, 1]. Default: 0.0
+
+    There are adapters if hint is above 0, `.adapter` for an int student_channels and `.adapters`
+    for a sequence, and `.classifiers`, one a layer, if labels or soft is.
 
     Shape:
         - student_logits: (N, K); labels: (N)
-        - student_intermediate: (N, student_channels, H, W)
+        - student_intermediate: (N, C_s, H, W), or a sequence of them, shallow first
         - teacher_intermediate: (N, teacher_channels, h, w)
+        - features may be tokens (N, L, C) instead; for the hint a token is a position
         - returns a scalar
 
     Raises:
-        ValueError: an argument, or the number of channels of a feature, is out of range.
+        ValueError: an argument, or the shape of a feature, is out of range.
 
     Example:
         >>> criterion = SelfDistillationLoss(alpha=0.5)
@@ -453,91 +479,159 @@ class SelfDistillationLoss(_TwoTermLoss):
         (torch.Size([]), torch.Size([128, 512, 1, 1]))
     """
 
-    def __init__(self, alpha: float = 0.5, student_channels: int = 128,
+    def __init__(self, alpha: float = 0.5, student_channels: int | Sequence[int] = 128,
                  teacher_channels: int = 512, detach_teacher: bool = False,
-                 normalize: bool = False, label_smoothing: float = 0.0) -> None:
-        super().__init__(alpha, label_smoothing, student_channels=student_channels,
-                         teacher_channels=teacher_channels)
-        self.detach_teacher = detach_teacher
-        self.normalize = normalize
-        self.adapter = nn.Conv2d(teacher_channels, student_channels, kernel_size=1)
+                 normalize: bool = False, *, hint: float = 1.0, labels: float = 0.0,
+                 soft: float = 0.0, num_classes: int | None = None, temperature: float = 3.0,
+                 label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        several = not isinstance(student_channels, int)
+        self.student_channels = tuple(student_channels) if several else (student_channels,)
+        classifies = labels > 0 or soft > 0
+        for name, value, low, high in (
+                ("alpha", alpha, 0, 1), ("label_smoothing", label_smoothing, 0, 1),
+                ("hint", hint, 0, math.inf), ("labels", labels, 0, math.inf),
+                ("soft", soft, 0, math.inf), ("temperature", temperature, 1e-6, math.inf),
+                *(("student_channels", count, 1, math.inf)
+                  for count in self.student_channels or [0]),
+                ("teacher_channels", teacher_channels, 1, math.inf),
+                ("num_classes", num_classes or 0, int(classifies), math.inf)):
+            if not (low <= value <= high and math.isfinite(value)):
+                raise ValueError(f"{name} must lie between {low} and {high}, got {value}")
+        self.alpha, self.detach_teacher, self.normalize = alpha, detach_teacher, normalize
+        self.teacher_channels = teacher_channels
+        self.hint, self.labels, self.soft = hint, labels, soft
+        self.temperature, self.label_smoothing = temperature, label_smoothing
+        if hint:
+            adapters = [nn.Conv2d(teacher_channels, channels, kernel_size=1)
+                        for channels in self.student_channels]
+            if several:
+                self.adapters = nn.ModuleList(adapters)
+            else:
+                self.adapter, = adapters
+        self.classifiers = nn.ModuleList(nn.Linear(channels, num_classes)
+                                         for channels in self.student_channels if classifies)
 
-    def distillation(self, logits: Tensor, labels: Tensor, student: Tensor,
-                     teacher: Tensor) -> Tensor:
-        """MSE between the resized student features and the adapted teacher features, a scalar."""
-        _check_channels("student", student, self.adapter.out_channels)
-        _check_channels("teacher", teacher, self.adapter.in_channels)
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each term in the loss, by name."""
+        weights = {"hint": self.hint, "labels": self.labels, "soft": self.soft}
+        return {"cross_entropy": 1 - self.alpha} | {
+            name: self.alpha * weight for name, weight in weights.items() if weight}
+
+    def forward(self, student_logits: Tensor, labels: Tensor,
+                student_intermediate: Tensor | Sequence[Tensor],
+                teacher_intermediate: Tensor) -> Tensor:
+        return sum(self.terms(student_logits, labels, student_intermediate,
+                              teacher_intermediate).values())
+
+    def terms(self, student_logits: Tensor, labels: Tensor,
+              student_intermediate: Tensor | Sequence[Tensor],
+              teacher_intermediate: Tensor) -> dict[str, Tensor]:
+        """Return the parts that add up to the loss, weighted: a dict of scalars.
+
+        Its keys are cross_entropy and those of hint, labels and soft that are above 0.
+        """
+        students = as_tuple(student_intermediate)
+        if len(students) != len(self.student_channels):
+            raise ValueError(f"{len(self.student_channels)} student features were expected, one a "
+                             f"layer, got {len(students)}")
+        early = self.early_logits(students)
+        terms = {"cross_entropy": self._cross_entropy(student_logits, labels)}
+        if self.hint:
+            terms["hint"] = self._distance(students, teacher_intermediate)
+        if self.labels:
+            terms["labels"] = sum(self._cross_entropy(logits, labels) for logits in early)
+        if self.soft:
+            own = (student_logits.detach() / self.temperature).softmax(dim=1)
+            terms["soft"] = self.temperature ** 2 * sum(
+                F.kl_div((logits / self.temperature).log_softmax(dim=1), own,
+                         reduction="batchmean") for logits in early)
+        return {name: weight * terms[name] for name, weight in self.weights.items()}
+
+    def early_logits(self, student_intermediate: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """Return the logits (N, num_classes) of each early classifier, if there are any."""
+        early = []
+        for classifier, features in zip(self.classifiers, as_tuple(student_intermediate)):
+            _check_channels("student", features, classifier.in_features)
+            early.append(classifier(pooled(features)))
+        return early
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def _distance(self, students: Sequence[Tensor], teacher: Tensor) -> Tensor:
+        _check_channels("teacher", teacher, self.teacher_channels)
         if self.detach_teacher:
             teacher = teacher.detach()
-        teacher = self.adapter(teacher)  # (N, C_s, h, w)
-        student = F.interpolate(student, size=teacher.shape[2:], mode="bilinear",
-                                align_corners=False)  # (N, C_s, h, w)
-        if self.normalize:
-            student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
-        return F.mse_loss(student, teacher)
+        teacher = _as_map(teacher)  # (N, C_t, h, w)
+        adapters = self.adapters if hasattr(self, "adapters") else [self.adapter]
+        total = 0
+        for features, adapter in zip(students, adapters):
+            _check_channels("student", features, adapter.out_channels)
+            features, target = _as_map(features), adapter(teacher)  # target: (N, C_s, h, w)
+            features = F.interpolate(features, size=target.shape[2:], mode="bilinear",
+                                     align_corners=False)
+            if self.normalize:  # the mean square is then 1 / C_s of the squared distance
+                total += adapter.out_channels * F.mse_loss(_unit(features), _unit(target))
+            else:
+                total += F.mse_loss(features, target)
+        return total
 
 
-class AuxiliaryClassifierLoss(_TwoTermLoss):
-    r"""Cross-entropy plus that of a linear classifier on the early features.
+def _check_channels(name: str, features: Tensor, channels: int) -> None:
+    if not (features.ndim == 4 and features.shape[1] == channels
+            or features.ndim == 3 and features.shape[2] == channels):
+        raise ValueError(f"{name} features must have the shape (N, {channels}, H, W) or "
+                         f"(N, L, {channels}), got {tuple(features.shape)}")
 
-    The classifier sees the mean of the student features over the image, and learns from the
-    labels and, if `soft` is above 0, from the network's own output:
 
-    .. math::
-        L = (1 - \alpha) \, \mathrm{CE}(\mathrm{logits}, \mathrm{labels})
-            + \alpha \, [(1 - s) \, \mathrm{CE}(a, \mathrm{labels})
-            + s \, \tau^2 \, \mathrm{KL}(\mathrm{softmax}(\mathrm{logits} / \tau) \,\|\,
-            \mathrm{softmax}(a / \tau))]
+def _as_map(features: Tensor) -> Tensor:
+    """Maps as they are; tokens (N, L, C) as maps (N, C, L, 1)."""
+    return features if features.ndim == 4 else features.mT[..., None]
 
-    No gradient flows from the second term into the logits. With soft at 0 this is deep supervision
-    (Lee et al., Deeply-Supervised Nets, arXiv:1409.5185); above, the loss of Zhang et al., Be Your
-    Own Teacher, arXiv:1905.08094, for one shallow classifier and without its hints.
+
+def _unit(features: Tensor) -> Tensor:
+    """Features (N, C, H, W) at unit length over the channels, at any scale that is finite."""
+    scale = features.detach().abs().amax(dim=1, keepdim=True)
+    return F.normalize(features / scale.clamp(min=torch.finfo(scale.dtype).tiny), dim=1, eps=0.5)
+
+
+# A trained classifier
+
+def load_classifier(checkpoint: str | os.PathLike | dict) -> tuple[nn.Module, list[str],
+                                                                   v2.Compose]:
+    """Load a best.pt that train.py wrote, for use: `(model, classes, transform)`.
 
     Args:
-        num_classes: outputs of the classifier.
-        alpha: weight of the second term, in [0, 1]. Default: 0.5
-        student_channels: channels of the student features. Default: 128 (ResNet18's layer2)
-        soft: share *s* of the network's own output in the second term, in [0, 1]; Be Your Own
-            Teacher has 0.3. Default: 0.0
-        temperature: :math:`\tau`, above 0. Default: 3.0
-        label_smoothing: of both cross-entropies, in [0, 1]. Default: 0.0
+        checkpoint: the file, or the dict in it.
 
-    Shape:
-        - student_logits: (N, num_classes); labels: (N)
-        - student_intermediate: (N, student_channels, H, W), or tokens (N, L, student_channels)
-        - teacher_intermediate: not used; here for the same call as `SelfDistillationLoss`
-        - returns a scalar
+    Returns:
+        The torchvision network in eval mode, on the CPU; the names of its classes, in the order of
+        its logits; and the transform that makes a PIL image of any mode a tensor for it.
 
     Raises:
-        ValueError: an argument, or the number of channels of the features, is out of range.
+        OSError: the file cannot be opened.
+        ValueError: it is damaged, or not a checkpoint of train.py.
 
     Example:
-        >>> criterion = AuxiliaryClassifierLoss(num_classes=10)
-        >>> logits, labels = torch.randn(2, 10, requires_grad=True), torch.tensor([3, 7])
-        >>> criterion(logits, labels, torch.randn(2, 128, 28, 28)).shape
-        torch.Size([])
+        >>> model, classes, transform = load_classifier("best.pt")  # doctest: +SKIP
+        >>> logits = model(transform(Image.open("cat.jpg"))[None])  # doctest: +SKIP
+        >>> classes[logits.argmax()]                                # doctest: +SKIP
+        'cat'
     """
-
-    def __init__(self, num_classes: int, alpha: float = 0.5, student_channels: int = 128,
-                 soft: float = 0.0, temperature: float = 3.0, label_smoothing: float = 0.0) -> None:
-        super().__init__(alpha, label_smoothing, num_classes=num_classes,
-                         student_channels=student_channels)
-        if not 0 <= soft <= 1:
-            raise ValueError(f"soft must lie in [0, 1], got {soft}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
-        self.soft = soft
-        self.temperature = temperature
-        self.classifier = nn.Linear(student_channels, num_classes)
-
-    def distillation(self, logits: Tensor, labels: Tensor, student: Tensor,
-                     teacher: Tensor | None = None) -> Tensor:
-        """The loss of the early classifier, a scalar."""
-        _check_channels("student", student, self.classifier.in_features, tokens=True)
-        early = self.classifier(pooled(student))  # (N, K)
-        hard = self.cross_entropy(early, labels)
-        if not self.soft:
-            return hard
-        kl = F.kl_div((early / self.temperature).log_softmax(dim=1),
-                      (logits.detach() / self.temperature).softmax(dim=1), reduction="batchmean")
-        return (1 - self.soft) * hard + self.soft * self.temperature ** 2 * kl
+    name = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
+    content = checkpoint if isinstance(checkpoint, dict) else load_tensors(checkpoint)
+    try:
+        arch, classes = content["arch"], list(content["classes"])
+        model = _make_classifier(arch, len(classes))
+        model.load_state_dict(content["model"])
+        size = content["size"]
+        if not isinstance(size, int) or not 0 < size <= 10_000:
+            raise ValueError(f"its image size is {size!r}")
+    except LookupError as error:
+        raise ValueError(f"{name} is not a checkpoint of train.py: no {error} in it") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{name} does not hold a classifier of train.py: "
+                         f"{textwrap.shorten(str(error), 200)}") from None
+    return model.eval(), classes, val_transform(size)

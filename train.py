@@ -3,17 +3,15 @@
     python train.py --data ./data/imagenette2-320 --epochs 5
 
 writes best.pt (best by val accuracy), last.pt (everything needed to go on with --resume) and
-log.jsonl (one line an epoch). Without --data it draws a small data set of its own and trains on
-that; `--check` only reads the images and tells what is wrong with them. The method is in
-selfdistill.py; `python evaluate.py best.pt` tells how good the result is.
-On several processes or machines: `torchrun --nproc-per-node N train.py ...`, the same job.
+log.jsonl (a line an epoch). Without --data it trains on a small data set that it draws itself;
+`--check` only reads the images and tells what is wrong with them. The method is in selfdistill.py;
+`python evaluate.py best.pt` tells how good the result is. On several processes or machines:
+`torchrun --nproc-per-node N train.py ...`, the same job.
 """
 # First of all, as it checks that torch and torchvision fit together.
-from evaluate import (DTYPES, SIZES, ImageFolder, Parser, Predictions, UserError, autocast,
-                      choose_device, choose_precision, duration, find_splits, listed, load_image,
-                      make_folder, make_loader, number, outputs, page, predict, read_checkpoint,
-                      rewrite_line, run_script, summarize, to_device, usable_cores, watched,
-                      write_file, write_json)
+from evaluate import (SIZES, ImageFolder, Machine, Parser, Predictions, Progress, UserError,
+                      build_exits, find_splits, read_checkpoint, report_html, run_script, shorten,
+                      write_file)
 
 import argparse
 import contextlib
@@ -34,11 +32,10 @@ import tempfile
 import textwrap
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from math import cos, pi, sin
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,31 +44,47 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD
-from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import datasets
 
-from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, AuxiliaryClassifierLoss, HookedModel,
-                         SelfDistillationLoss, find_classifier, hooked_classifier, load_tensors,
-                         pooled, train_transform, val_transform)
+from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss, as_tuple,
+                         find_classifier, hooked_classifier, load_tensors, train_transform,
+                         val_transform)
 
-# What --recipe chooses. Of these alpha, batch_size and lr are flags too, which override it; lr is
-# for weights given, scratch_lr for random ones. `soft` is that of the auxiliary classifier's loss;
-# fine_tune: a classifier fitted to the weights given comes first, and weights are averaged from it.
-TUNED = dict(alpha=0.5, soft=0.0, batch_size=64, lr=0.004, scratch_lr=0.1, one_cycle=True,
-             nesterov=True, weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0),
-             fine_tune=True)
+# Settings
+
+# What a flag that is not given means, but for those that the recipe or the data decide.
+DEFAULTS = dict(
+    data=None, out=".", resume=None, save_every=10.0, compare=None,
+    compare_arms=["control", "distillation"], report=False, check=False, skip_unreadable=False,
+    recipe="tuned", epochs=5, distillation=True, seed=0, arch="resnet18", student_layer=None,
+    teacher_layer=None, workers=None, device="auto", precision="auto", compile=False)
+
+# The first six are flags, too. lr is for weights given, scratch_lr for random ones; students: of
+# layers; fine_tune: from weights given, fit the classifier first and average the weights.
+TUNED = dict(
+    alpha=0.5, hint=0.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, scratch_lr=0.1,
+    students=1, detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True,
+    nesterov=True, weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True)
 RECIPES = {
     "tuned": TUNED,
-    "byot": TUNED | dict(soft=0.3),
-    "blog": dict(alpha=0.5, batch_size=32, lr=0.01, scratch_lr=0.01, one_cycle=False,
-                 nesterov=False, weight_decay=0.0, crop_scale=(0.08, 1.0), fine_tune=False),
+    "byot": TUNED | dict(labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
+    "blog": dict(  # the published walk-through
+        alpha=0.5, hint=1.0, labels=0.0, soft=0.0, batch_size=32, lr=0.01, scratch_lr=0.01,
+        students=1, detach_teacher=False, normalize=False, train_adapter=False, one_cycle=False,
+        nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
+        fine_tune=False),
 }
+RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
+# What a resumed run may change; --epochs only as `settle` allows.
+CHANGEABLE = ("data", "out", "resume", "save_every", "compare", "compare_arms", "report", "check",
+              "skip_unreadable", "epochs", "workers", "device", "compile")
+NOT_SAVED = ("out", "resume", "compare", "compare_arms", "check")  # in a checkpoint's args
 INITIAL_SHARE = 0.25  # of the weights given in the average of fine-tuned ones, after the last step
-COLLAPSED = 0.02  # the spread of features below which they are nearly alike
-NONE_YET = {"epoch": -1, "val_acc": -1.0}  # the best epoch before there is one
-Loss = AuxiliaryClassifierLoss | SelfDistillationLoss
+ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
+        "distillation": {}}  # of --compare, by what they change
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
 
 
@@ -85,13 +98,8 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_rank() -> int:
-    """The rank among the processes of this machine."""
-    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
-
-
 def gather(values: list) -> list:
-    """The values of all processes in one list, by rank; it also makes them wait for one another."""
+    """Join the lists of all processes, by rank; all wait for one another."""
     if not dist.is_initialized():
         return values
     lists = [None] * world_size()
@@ -99,8 +107,8 @@ def gather(values: list) -> list:
     return list(itertools.chain.from_iterable(lists))
 
 
-def from_first(function: Callable, *arguments: object) -> object:
-    """What a function returns in the process of rank 0, the only one where it runs."""
+def on_rank_zero(function: Callable, *arguments: object) -> object:
+    """Call a function in the process of rank 0 only; return its value in all."""
     values = [function(*arguments) if rank() == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
@@ -108,9 +116,9 @@ def from_first(function: Callable, *arguments: object) -> object:
 
 
 @contextlib.contextmanager
-def first_on_its_machine_first() -> Iterator[None]:
+def local_rank_zero_first() -> Iterator[None]:
     """Let one process of each machine go ahead, to draw or download what the others will find."""
-    is_first = local_rank() == 0
+    is_first = not dist.is_initialized() or dist.get_node_local_rank() == 0
     if not is_first:
         gather([])
     yield
@@ -118,15 +126,8 @@ def first_on_its_machine_first() -> Iterator[None]:
         gather([])
 
 
-def refuse_shared_gpu(device: torch.device) -> None:
-    if device.type == "cuda" and dist.is_initialized() and device.index != local_rank():
-        raise UserError(f"process {rank()} has no GPU of its own: start at most "
-                        f"{torch.cuda.device_count()} on this machine, and name no index in "
-                        "--device")
-
-
 def store_of_attempt() -> dict:
-    """Where the processes find each other: not where those of the attempt before a restart did.
+    """A store for init_process_group that is new at every restart by torchrun.
 
     torchrun keeps one store for all attempts, so that connecting anew can find the addresses of
     processes that have ended (pytorch/pytorch issue 135712). Machines may count attempts
@@ -150,9 +151,8 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                             **store_of_attempt())
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    # torchrun leaves each process one thread.
-    torch.set_num_threads(max(1, usable_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.cuda.set_device(dist.get_node_local_rank() % torch.cuda.device_count())
+    torch.set_num_threads(Machine.usable_cores())  # torchrun leaves each process one thread
     with contextlib.ExitStack() as stack:
         if rank() > 0:
             null = stack.enter_context(open(os.devnull, "w"))
@@ -170,13 +170,29 @@ def process_group() -> Iterator[None]:
 
 # The data
 
+def open_splits(data: str | None, size: int,
+                skip_unreadable: bool) -> tuple[ImageFolder, ImageFolder]:
+    """Open train/ and val/, whose classes must be the same; download or draw what is missing."""
+    with local_rank_zero_first():
+        folder = find_data(data).resolve()
+    transform = val_transform(size, normalized=False)
+    train_set, val_set = (ImageFolder(folder / split, transform) for split in ("train", "val"))
+    unmatched = sorted(set(train_set.classes) ^ set(val_set.classes))
+    if unmatched:
+        raise UserError(f"the classes of train/ and val/ in {folder} differ: only one of them "
+                        f"has {shorten(unmatched)}")
+    if skip_unreadable:
+        for images in (train_set, val_set):
+            images.leave_out(gather(images.find_unreadable(slice(rank(), None, world_size()))))
+    return train_set, val_set
+
+
 def find_data(data: str | None) -> Path:
     """The folder with train/ and val/; the embedded set is drawn, an Imagenette downloaded."""
     if data is None:
-        folder = Path("data/shapes")
-        if not folder.exists():
-            draw_shapes(folder)
-        data = folder
+        data = Path("data/shapes")
+        if not data.exists():
+            draw_shapes(data)
     elif not Path(data).exists() and Path(data).name in IMAGENETTES:
         download_imagenette(Path(data))
     return find_splits(data, "train", "val")
@@ -196,12 +212,787 @@ def download_imagenette(folder: Path) -> None:
                         f"as {folder}") from None
 
 
+def fingerprint(images: ImageFolder) -> str:
+    """Number and names of a folder's images, to tell whether they are still the same."""
+    names = "\n".join(path[len(images.root):] for path in images.paths)
+    digest = hashlib.sha256(os.fsencode(names)).hexdigest()
+    return f"{len(images)} images (SHA-256 of their names: {digest[:16]})"
+
+
+class Augmented(Dataset):
+    """Train images by (index, seed), which alone decide their augmentation."""
+
+    def __init__(self, images: ImageFolder, transform: Callable) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = item
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.images.load(index, self.transform)
+
+
+class EpochBatches(Sampler):
+    """The batches of one epoch, in an order that seed and epoch decide, from `start` on.
+
+    All batches are of the same size within one image, so that none is too small for batch norm.
+    Each process gets its part of every batch. Set `epoch` and `start` before iterating.
+
+    Args:
+        count: images in the data set.
+        batch_size: images in a batch, at most, on all processes together.
+        seed: of the order and of every image's augmentation.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.count / self.batch_size)
+
+    def size(self, position: int) -> int:
+        """Images in the batch at a position, on all processes together."""
+        return self.count // len(self) + (position < self.count % len(self))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        seeds = torch.randint(2 ** 32, (self.count,), generator=generator)
+        order = torch.randperm(self.count, generator=generator)
+        for batch in order.tensor_split(len(self))[self.start:]:
+            part = batch.tensor_split(world_size())[rank()]
+            yield list(zip(part.tolist(), seeds[part].tolist()))
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed made of numbers: 32 bits, as torch's CPU generator ignores all higher ones."""
+    return random.Random(" ".join(map(str, numbers))).getrandbits(32)
+
+
+# Training
+
+class Distiller(nn.Module):
+    """Hooked network and loss as one module, so that DDP averages the gradients of both.
+
+    Args:
+        model: the hooked network.
+        criterion: the loss; it is computed in fp32.
+        machine: its precision is the network's.
+        distill: False trains on the cross-entropy alone. Default: True
+
+    Shape:
+        - images: (N, 3, H, W); labels: (N)
+        - returns logits (N, K), the terms of the loss, and early logits (N, K), one a layer
+    """
+
+    def __init__(self, model: HookedModel, criterion: SelfDistillationLoss, machine: Machine,
+                 distill: bool = True) -> None:
+        super().__init__()
+        self.model, self.criterion = model, criterion
+        self.machine, self.distill = machine, distill
+
+    def forward(self, images: Tensor,
+                labels: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        with self.machine.autocast():
+            logits, students, teacher = self.model(images)
+        logits, teacher = logits.float(), teacher.float()
+        students = [features.float() for features in as_tuple(students)]
+        terms = self.criterion.terms(logits, labels, students, teacher)
+        if not self.distill:
+            return logits, {"cross_entropy": terms["cross_entropy"]}, []
+        return logits, terms, self.criterion.early_logits(students)
+
+
+class Trainer:
+    """The state of a training run; `state_dict()` goes into last.pt.
+
+    No random state is part of it: seed, epoch, batch and rank decide that of every step.
+
+    Args:
+        args: the settings.
+        machine: to train on.
+        train_set, val_set: the images, of the same classes.
+        resumed: a state will be loaded, so that no initial weights are needed. Default: False
+    """
+    COUNTERS = ("epoch", "batch", "seconds", "totals", "log", "best_epoch", "best_acc", "fitted")
+
+    def __init__(self, args: argparse.Namespace, machine: Machine, train_set: ImageFolder,
+                 val_set: ImageFolder, resumed: bool = False) -> None:
+        self.args, self.machine, self.recipe = args, machine, RECIPES[args.recipe]
+        self.train_set, self.val_set, self.classes = train_set, val_set, train_set.classes
+        self.make_loaders()
+        torch.manual_seed(args.seed)
+        self.make_network("none" if resumed else args.weights)
+        self.make_optimizer()
+        self.signals, self.stop, self.saved = Signals(), 0, time.monotonic()
+        self.epoch = 0  # epochs completed
+        self.log: list[dict] = []  # a line for each of them
+        self.best_epoch, self.best_acc = -1, -1.0
+        self.fitted = False  # whether the classifier has been fitted and validated, as epoch 0
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        self.batch = 0  # batches of this epoch already trained on
+        self.seconds = 0.0  # spent on them
+        self.totals = torch.zeros(len(self.figures), device=self.machine.device)
+
+    def fit(self) -> int:
+        """Train for the epochs that are left. Returns the signal that stopped it, or 0."""
+        with self.signals:
+            self.save()
+            if self.average and not self.fitted:
+                self.fit_classifier()
+            while self.epoch < self.args.epochs and not self.stop:
+                self.train_epoch()
+                predictions = None if self.stop else self.validate()
+                if predictions:
+                    self.finish_epoch(predictions)
+            self.attend_to_signals()
+            if self.epoch < self.args.epochs:
+                self.save()
+        return self.stop
+
+    def train_epoch(self) -> None:
+        """Train on the rest of the epoch's batches, unless asked to stop."""
+        epochs, count = self.args.epochs, self.sampler.count
+        progress = Progress(f"epoch {self.epoch + 1}/{epochs}  images", count,
+                            done=int(self.totals[0]), later=(epochs - self.epoch - 1) * count)
+        start = time.perf_counter() - self.seconds
+        self.distiller.train()
+        self.sampler.epoch, self.sampler.start = self.epoch, self.batch
+        for images, labels in self.train_loader:
+            self.step(images, labels)
+            self.seconds = time.perf_counter() - start
+            progress.advance(len(labels) * world_size(), self.describe_loss)
+            save = self.attend_to_signals()
+            if self.stop:
+                break
+            if save:
+                self.save()
+        progress.rewrite()
+        self.check_finite()
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Take one step on a batch: images (N, H, W, 3) in uint8, labels (N)."""
+        torch.manual_seed(derive_seed(self.args.seed, self.epoch, self.batch, rank()))
+        images, labels = self.machine.prepare(images), self.machine.move(labels)
+        self.optimizer.zero_grad()
+        logits, terms, early = self.distiller(images, labels)
+        # DDP takes the mean over the processes, whose parts of a batch may differ by one image.
+        share = len(labels) * world_size() / self.sampler.size(self.batch)
+        loss = sum(terms.values()) * share
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+        self.batch += 1
+
+        right = [(output.argmax(dim=1) == labels).float().mean() for output in (logits, *early)]
+        figures = torch.stack([torch.ones_like(loss), *terms.values(), *right]).detach()
+        figures *= len(labels)
+        if dist.is_initialized():
+            dist.all_reduce(figures)
+        self.totals += figures
+
+    def describe_loss(self) -> str:
+        self.check_finite()
+        images, *terms = self.totals[:1 + len(self.weights)].tolist()
+        return f"loss {sum(terms) / images:.4f}  "
+
+    def attend_to_signals(self) -> bool:
+        """Agree with all processes on `stop`; return whether any of them asks for a save now."""
+        due = rank() == 0 and time.monotonic() - self.saved >= 60 * self.args.save_every
+        wishes = torch.tensor([self.signals.stop, self.signals.save or due])
+        if dist.is_initialized():
+            dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+        self.stop = self.stop or int(wishes[0])
+        return bool(wishes[1])
+
+    def validate(self) -> Predictions | None:
+        """Predict the val images, in the order of the folder; None if asked to stop."""
+        start = time.perf_counter()
+        if dist.is_initialized():
+            # Processes differ in batch norm's statistics, and by rounding in their averages.
+            for tensor in self.result.state_dict().values():
+                dist.broadcast(tensor, src=0)
+        columns = self.run_through(self.result, self.val_loader, Predictions.columns,
+                                   "validating: images")
+        if columns is None:
+            return None
+        indices = torch.arange(len(self.val_set))
+        order = torch.cat([indices[k::world_size()] for k in range(world_size())]).argsort()
+        return Predictions(*(column[order] for column in columns), time.perf_counter() - start)
+
+    def run_through(self, model: nn.Module, loader: DataLoader, columns_of: Callable,
+                    what: str) -> list[Tensor] | None:
+        """Join what `columns_of` makes of a network's outputs and the labels, from all processes.
+
+        Returns None if asked to stop.
+        """
+        parts, progress = [], Progress(what, len(loader.dataset))
+        for outputs, labels in self.machine.outputs(model, loader):
+            if self.signals.stop:
+                break
+            parts.append(columns_of(outputs, labels))
+            progress.advance(len(labels))
+        progress.rewrite()
+        parts = gather(parts)
+        self.attend_to_signals()
+        return None if self.stop else [torch.cat(column) for column in zip(*parts)]
+
+    def finish_epoch(self, predictions: Predictions) -> None:
+        """Log the epoch, save, and print its line."""
+        val = predictions.summarize(self.classes)
+        if not math.isfinite(val["loss"]):
+            raise UserError(f"the val loss is not finite after epoch {self.epoch + 1}: try a lower "
+                            "--lr; last.pt keeps the last good state")
+        images = self.totals[0].item()
+        means = dict(zip(self.figures, (self.totals / images).tolist()))
+        terms = {name: means[name] for name in self.weights}
+        distillation, alpha = sum(terms.values()) - terms["cross_entropy"], self.args.alpha
+        self.epoch += 1
+        line = {"epoch": self.epoch, "train_loss": sum(terms.values()),
+                # The two sides before alpha, which a weight of 0 hides.
+                "ce_loss": terms["cross_entropy"] / (1 - alpha) if alpha < 1 else None,
+                "distillation_loss": distillation / alpha if alpha and len(terms) > 1 else None,
+                "train_acc": means["train_acc"], "val_loss": val["loss"], "val_acc": val["top1"],
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "images_per_second": images / self.seconds,
+                "seconds": self.seconds + predictions.seconds, "terms": terms,
+                "exit_train_acc": {layer: means[layer] for layer in self.exit_layers}}
+        self.log.append(line)
+        if line["val_acc"] > self.best_acc:  # a tie leaves the earlier epoch the best
+            self.best_epoch, self.best_acc = self.epoch, line["val_acc"]
+        self.start_epoch()
+        self.save()
+        self.write_report(predictions)
+        print(f"epoch {self.epoch}/{self.args.epochs}  loss {line['train_loss']:.4f} ("
+              + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in terms.items())
+              + f")  train acc {line['train_acc']:.4f}  val acc {line['val_acc']:.4f}  "
+              f"{line['images_per_second']:.1f} images/s  {line['seconds']:.1f} s", flush=True)
+
+    def fit_classifier(self) -> None:
+        """Epoch 0: fit a logistic regression to the features of the weights given, and validate.
+
+        A random classifier would distort them first: Kumar et al., Fine-Tuning can Distort
+        Pretrained Features and Underperform Out-of-Distribution, arXiv:2202.10054. A sample of the
+        train images is enough, seen as in validation.
+        """
+        start = time.perf_counter()
+        count = min(len(self.train_set), 400 * len(self.classes), 20_000)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = torch.randperm(len(self.train_set), generator=generator)[:count].tolist()
+        loader = self.machine.loader(Subset(self.train_set, chosen[rank()::world_size()]),
+                                     batch_size=self.val_loader.batch_size)
+        name = find_classifier(self.model)
+        headless = copy.deepcopy(self.model)
+        headless.set_submodule(name, nn.Identity())
+        columns = self.run_through(headless, loader, lambda *pair: [part.cpu() for part in pair],
+                                   "fitting the classifier: images")
+        if columns is None:
+            return
+        fit_logistic_regression(self.model.get_submodule(name),
+                                *(column.to(self.machine.device) for column in columns))
+        self.average.n_averaged.zero_()
+        self.average.update_parameters(self.model)  # which restarts at these weights
+        predictions = self.validate()
+        if predictions:
+            self.fitted, self.best_epoch = True, 0
+            self.best_acc = predictions.summarize(self.classes)["top1"]
+            self.save()
+            self.write_report(predictions)
+            print(f"epoch 0/{self.args.epochs}  only the classifier fitted  val acc "
+                  f"{self.best_acc:.4f}  {time.perf_counter() - start:.1f} s", flush=True)
+
+    def check_finite(self, *tensors: Tensor) -> None:
+        if not all(tensor.isfinite().all() for tensor in (self.totals, *tensors)):
+            rate = max(group["lr"] for group in self.optimizer.param_groups)
+            raise UserError(f"the loss is not finite in epoch {self.epoch + 1}, by batch "
+                            f"{self.batch} (learning rate {rate:.3g}): try a lower --lr; last.pt "
+                            "keeps the last good state")
+
+    def save(self) -> None:
+        """Write last.pt and log.jsonl; before them best.pt, if the epoch just ended is the best."""
+        self.signals.save, self.saved = False, time.monotonic()
+        self.check_finite(*self.model.parameters())
+        if rank() > 0:
+            return
+        args, out = self.args, Path(self.args.out)
+        settings = {name: value for name, value in vars(args).items() if name not in NOT_SAVED} | {
+            "data": str(Path(self.train_set.root).parent), "precision": self.machine.precision,
+            "student_layer": list(self.hooked.student_layers),
+            "teacher_layer": self.hooked.teacher_layer}
+        last_acc = self.log[-1]["val_acc"] if self.log else self.best_acc
+        checkpoint = {"model": self.result.state_dict(), "arch": args.arch,
+                      "classes": self.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
+                      "std": list(IMAGENET_STD), "epoch": self.epoch, "val_acc": max(0.0, last_acc),
+                      "data": settings["data"], "args": settings}
+        if self.epoch and self.exit_layers:
+            checkpoint["exits"] = self.exits()
+        if self.epoch == self.best_epoch and self.batch == 0:
+            write_checkpoint(out / "best.pt", checkpoint)
+        write_checkpoint(out / "last.pt", checkpoint | {"run": self.state_dict()})
+        lines = "".join(json.dumps(line) + "\n" for line in self.log)
+        write_file(out / "log.jsonl", lines.encode())
+
+    def state_dict(self) -> dict:
+        return ({name: part.state_dict() for name, part in self.parts().items()}
+                | {name: getattr(self, name) for name in self.COUNTERS}
+                | {"data": self.fingerprints()})
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        for name in self.COUNTERS:
+            if type(state[name]) is not type(getattr(self, name)):
+                raise TypeError(f"{name} is a {type(state[name]).__name__}")
+            setattr(self, name, state[name])
+        if len(self.totals) != len(self.figures):
+            raise ValueError("other figures")
+        self.totals = self.totals.to(self.machine.device)
+
+    def parts(self) -> dict:
+        parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer,
+                 "scheduler": self.scheduler, "scaler": self.scaler}
+        return parts | ({"average": self.average} if self.average else {})
+
+    def exits(self) -> dict[str, dict[str, Tensor]]:
+        """Weight and bias of each early classifier that is trained, by layer."""
+        return {layer: classifier.state_dict() for layer, classifier
+                in zip(self.exit_layers, self.criterion.classifiers)}
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"train": fingerprint(self.train_set), "val": fingerprint(self.val_set)}
+
+    def restore(self, checkpoint: dict) -> None:
+        """Go on from a last.pt, provided that the data are still the same."""
+        try:
+            compared = [("its classes are", self.classes, checkpoint["classes"])]
+            compared += [(f"{split}/ has", now, checkpoint["run"]["data"][split])
+                         for split, now in self.fingerprints().items()]
+            for what, now, then in compared:
+                if now != then:
+                    raise UserError(f"{Path(self.train_set.root).parent} has changed since the run "
+                                    f"began: {what} {now} now, {then} then")
+            self.load_state_dict(checkpoint["run"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError("the checkpoint cannot be resumed, as it is damaged or of another "
+                            f"version ({error!r})") from None
+        is_best = self.epoch == self.best_epoch and self.batch == 0  # then it will be written again
+        if self.best_epoch >= 0 and not is_best and not Path(self.args.out, "best.pt").exists():
+            print(f"there is no best.pt of epoch {self.best_epoch} in {self.args.out}: the best is "
+                  "counted from here")
+            self.best_epoch, self.best_acc = -1, -1.0
+
+    def write_report(self, predictions: Predictions) -> None:
+        """Write the page of the run so far, if it is asked for."""
+        if not self.args.report or rank() > 0:
+            return
+        seed, count = self.args.seed, len(self.train_set)
+        augmented = [self.train_loader.dataset[index, derive_seed(seed, self.epoch, index)]
+                     for index in range(0, count, math.ceil(count / 20))]
+        title = (f"{Path(self.args.out).resolve().name}: {self.args.arch} after epoch {self.epoch} "
+                 f"of {self.args.epochs}")
+        write_file(Path(self.args.out, "report.html"), report_html(
+            title, predictions, self.val_set, self.log,
+            [(image, self.classes[label]) for image, label in augmented],
+            refresh=self.epoch < self.args.epochs))
+
+    def make_loaders(self) -> None:
+        args, processes = self.args, world_size()
+        self.sampler = EpochBatches(len(self.train_set), args.batch_size, args.seed)
+        if args.batch_size % processes:
+            raise UserError(f"--batch-size {args.batch_size} cannot be split evenly among "
+                            f"{processes} processes: use a multiple of {processes}")
+        least = self.sampler.size(len(self.sampler) - 1) // processes
+        if least < (2 if args.size <= 32 else 1):  # at 32 pixels, batch norm has one value an image
+            raise UserError(f"the smallest batch leaves a process {least} images, too few for "
+                            f"batch norm at {args.size} pixels: use a larger --batch-size or "
+                            "--size")
+        transform = train_transform(args.size, self.recipe["crop_scale"], normalized=False)
+        self.train_loader = self.machine.loader(Augmented(self.train_set, transform),
+                                                batch_sampler=self.sampler)
+        share = range(rank(), len(self.val_set), processes)
+        self.val_loader = self.machine.loader(Subset(self.val_set, share),
+                                              batch_size=args.batch_size // processes)
+
+    def make_network(self, weights: str) -> None:
+        """Make the hooked network and its loss, and try both on one image."""
+        args, recipe, device = self.args, self.recipe, self.machine.device
+        self.hooked = load_hooked(args.arch, len(self.classes), weights, args.student_layer,
+                                  args.teacher_layer, recipe["students"])
+        self.model = self.hooked.model
+        self.distills = args.distillation and args.alpha > 0
+        try:
+            self.criterion = SelfDistillationLoss(
+                args.alpha, *self.hooked.feature_channels(args.size), recipe["detach_teacher"],
+                recipe["normalize"], hint=args.hint, labels=args.labels, soft=args.soft,
+                num_classes=len(self.classes), label_smoothing=recipe["label_smoothing"])
+            logits, students, teacher = self.hooked.dry_run(args.size)
+            self.criterion(logits, logits.argmax(dim=1), students, teacher)
+            has_exits = self.distills and self.criterion.classifiers
+            self.exit_layers = self.hooked.student_layers if has_exits else ()
+            build_exits(self.model, self.exits())
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise UserError(f"{args.arch} cannot be trained at --size {args.size} by --recipe "
+                            f"{args.recipe}: {textwrap.shorten(str(error), 200)}") from None
+        for name, parameter in self.criterion.named_parameters():
+            is_trained = recipe["train_adapter"] or not name.startswith("adapter")
+            parameter.requires_grad_(self.distills and is_trained)
+        self.weights = {name: weight for name, weight in self.criterion.weights.items()
+                        if self.distills or name == "cross_entropy"}
+        self.figures = ("images", *self.weights, "train_acc", *self.exit_layers)
+        if self.machine.on_cuda and world_size() > 1:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.hooked)
+        self.distiller = Distiller(self.hooked, self.criterion, self.machine, self.distills)
+        self.distiller.to(device, memory_format=torch.channels_last)
+        if args.compile:
+            self.distiller = torch.compile(self.distiller)
+        if dist.is_initialized():
+            self.distiller = DistributedDataParallel(
+                self.distiller, device_ids=[device] if self.machine.on_cuda else None)
+
+    def make_optimizer(self) -> None:
+        """SGD without decay of biases and norms, its schedule, and the average of the weights."""
+        recipe, steps = self.recipe, self.args.epochs * len(self.sampler)
+        groups = [{"params": [parameter for parameter in self.distiller.parameters()
+                              if parameter.requires_grad and (parameter.ndim > 1) == is_matrix],
+                   "weight_decay": recipe["weight_decay"] if is_matrix else 0.0}
+                  for is_matrix in (True, False)]
+        is_fp16 = self.machine.precision == "fp16"
+        # Fused, a first step that fp16's scaler skips would leave the momentum uninitialised.
+        self.optimizer = SGD(groups, lr=self.args.lr, momentum=0.9, nesterov=recipe["nesterov"],
+                             fused=not is_fp16)
+        self.scheduler = (OneCycleLR(self.optimizer, max_lr=self.args.lr, total_steps=max(2, steps),
+                                     cycle_momentum=False) if recipe["one_cycle"]
+                          else ConstantLR(self.optimizer, factor=1.0, total_iters=0))
+        self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=is_fp16)
+        head = self.model.get_submodule(find_classifier(self.model))
+        fine_tunes = (recipe["fine_tune"] and self.args.weights != "none"
+                      and isinstance(head, nn.Linear))
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=moving_average(INITIAL_SHARE ** (1 / steps)),
+            use_buffers=True) if fine_tunes else None
+        self.result = self.average.module if fine_tunes else self.model  # validated and saved
+
+
+def load_hooked(arch: str, num_classes: int, weights: str, student_layer: list[str] | None,
+                teacher_layer: str | None, students: int) -> HookedModel:
+    """`hooked_classifier`, whose errors are the user's."""
+    names = student_layer[0] if student_layer and len(student_layer) == 1 else student_layer
+    try:
+        with local_rank_zero_first():
+            hooked = hooked_classifier(arch, num_classes, weights, names, teacher_layer, students)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"cannot get the weights {weights!r} ({error}): give a FILE, or none for "
+                        "random weights") from None
+    if not all(tensor.isfinite().all() for tensor in hooked.state_dict().values()):
+        raise UserError(f"{weights}: not all of its weights are finite")
+    return hooked
+
+
+def moving_average(decay: float) -> Callable:
+    """The update of an AveragedModel: of whole numbers, such as positions, a copy.
+
+    As a mean of two equal ones, torch's rounding can make another of them.
+    """
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+        if averages[0].is_floating_point():
+            average(averages, values, count)
+        else:
+            for old, new in zip(averages, values):
+                old.copy_(new)
+    return update
+
+
+def fit_logistic_regression(classifier: nn.Linear, features: Tensor, labels: Tensor) -> None:
+    """Fit a linear layer to features (N, C) and labels (N), with a penalty of 0.01 |weight|²."""
+    for parameter in classifier.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = LBFGS(classifier.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(classifier(features), labels)
+        loss = loss + 0.01 * classifier.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+class Signals:
+    """Notes what signals ask for: SIGINT (Ctrl-C) and SIGTERM to stop, SIGUSR1 to save.
+
+    `stop` is the number of the first signal to stop by, or 0. A second SIGINT stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.stop, self.save = 0, False
+
+    def __enter__(self) -> "Signals":
+        self.previous = {getattr(signal, name): signal.signal(getattr(signal, name), self.note)
+                         for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for which, handler in self.previous.items():
+            signal.signal(which, handler)
+
+    def note(self, which: int, frame: object) -> None:
+        if which not in (signal.SIGINT, signal.SIGTERM):
+            self.save = True
+        elif which == signal.SIGINT and self.stop == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            self.stop = self.stop or which
+
+
+def write_checkpoint(path: Path, checkpoint: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with buffer.getbuffer() as content:
+        write_file(path, content)
+
+
+def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
+    """Train as the settings say, from a checkpoint if there is one; returns the exit code."""
+    started = time.perf_counter()
+    machine = Machine(args.device, args.precision, args.workers)
+    refuse_shared_gpu(machine.device)
+    train_set, val_set = open_splits(args.data, args.size, args.skip_unreadable)
+    trainer = Trainer(args, machine, train_set, val_set, resumed=checkpoint is not None)
+    if checkpoint:
+        trainer.restore(checkpoint)
+    out = Path(args.out)
+    if rank() == 0 and not (checkpoint and resumed_path(args.resume, args.out).resolve()
+                            == (out / "last.pt").resolve()):
+        keep_earlier(out, ("best.pt", "last.pt", "log.jsonl", "report.html"))
+
+    print(f"data       {train_set.root}: {len(train_set)} train and {len(val_set)} val images, "
+          f"{len(train_set.classes)} classes")
+    print(f"network    {args.arch}, weights: {args.weights}, student "
+          f"{', '.join(trainer.hooked.student_layers)}, teacher {trainer.hooked.teacher_layer}")
+    print(f"machine    {machine.device}, {machine.precision}, {machine.workers} workers"
+          + (f" for each of {world_size()} processes" if dist.is_initialized() else ""))
+    print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr {args.lr:g}, "
+          f"loss {' + '.join(f'{weight:g} {name}' for name, weight in trainer.weights.items())}, "
+          f"seed {args.seed}", flush=True)
+    if checkpoint:
+        print(f"resumed    after {trainer.epoch} epochs and {trainer.batch} batches of the next")
+    stop = trainer.fit()
+    if trainer.epoch < args.epochs:
+        launcher = "torchrun ..." if dist.is_initialized() else "python"
+        again = ("the same command and --resume" if args.compare else
+                 f"{launcher} {shlex.quote(sys.argv[0])} --resume "
+                 f"{shlex.quote(str(out / 'last.pt'))}")
+        print(f"stopped in epoch {trainer.epoch + 1} after batch {trainer.batch}; go on with: "
+              f"{again}", flush=True)
+        return 128 + stop
+    print(f"best val accuracy {trainer.best_acc:.4f} in epoch {trainer.best_epoch} (on "
+          f"{len(val_set)} val images; ties go to the earlier epoch), "
+          f"{Progress.duration(time.perf_counter() - started)}")
+    print(f"python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
+          f"{shlex.quote(str(out / 'best.pt'))}")
+    return 128 + stop if stop and args.compare else 0  # a signal that came too late for this run
+
+
+def refuse_shared_gpu(device: torch.device) -> None:
+    if (device.type == "cuda" and dist.is_initialized()
+            and device.index != dist.get_node_local_rank()):
+        raise UserError(f"process {rank()} has no GPU of its own: start at most "
+                        f"{torch.cuda.device_count()} on this machine, and name no index in "
+                        "--device")
+
+
+def keep_earlier(out: Path, names: tuple[str, ...]) -> None:
+    """Rename what an earlier run left in a folder, so that it is not overwritten."""
+    earlier = [out / name for name in names if (out / name).exists()]
+    if not earlier:
+        return
+    suffix = next(k for k in itertools.count(1)
+                  if not any(path.with_suffix(f".{k}{path.suffix}").exists() for path in earlier))
+    try:
+        kept = [path.rename(path.with_suffix(f".{suffix}{path.suffix}")) for path in earlier]
+    except OSError as error:
+        raise UserError(f"cannot rename the earlier {shorten(earlier)}: {error.strerror}") from None
+    print(f"kept the earlier {shorten(earlier)} as {shorten(kept)}")
+
+
+# The comparison
+
+def compare(given: dict) -> int:
+    """Train runs that share seeds, an arm each; print what distillation gains."""
+    args, _ = settle(given | {"resume": None})
+    if given.get("resume") not in (None, "", "auto") or not args.distillation or args.alpha == 0:
+        raise UserError("--compare trains with distillation and without, in the folder compare in "
+                        "--out: it takes no --no-distillation, no --alpha 0 and no FILE to resume")
+    if not {"control", "distillation"} <= set(args.compare_arms):
+        raise UserError(f"--compare-arms {' '.join(args.compare_arms)}: control and distillation "
+                        "must be among them")
+    out = Path(args.out)
+    if rank() == 0 and "resume" not in given:
+        keep_earlier(out, ("compare", "compare.json"))
+    arms = [arm for arm in ARMS if arm in args.compare_arms]
+    runs, precision, total = [], args.precision, args.compare * len(arms)
+    for seed in range(args.seed, args.seed + args.compare):
+        run = {"seed": seed}
+        for arm in arms:
+            print(f"\nrun {len(runs) * len(arms) + len(run)} of {total}: {arm}, seed {seed}")
+            folder = out / "compare" / f"{seed}-{arm}"
+            code = fine_tune(*settle(given | ARMS[arm] | {
+                "seed": seed, "out": str(folder), "precision": precision, "resume": "auto"}))
+            if code:
+                return code
+            run[arm], precision = on_rank_zero(outcome, folder)  # the same one for all runs
+        runs.append(run)
+        if rank() == 0 and len(runs) > 1:
+            figures = paired_statistics(runs, arms)
+            write_file(out / "compare.json", json.dumps(figures, indent=2).encode())
+    if rank() == 0:
+        print_comparison(figures)
+    return 0
+
+
+def outcome(out: Path) -> tuple[float, str]:
+    """The val accuracy of a run's last epoch, and the run's precision."""
+    checkpoint = load_tensors(out / "last.pt")
+    return checkpoint["val_acc"], checkpoint["args"]["precision"]
+
+
+def paired_statistics(runs: list[dict], arms: list[str]) -> dict:
+    """Mean and deviation of each arm, and of the paired differences with a 95 % t-interval."""
+    figures = {"runs": runs, "arms": {}, "differences": {}}
+    for arm in arms:
+        values = [run[arm] for run in runs]
+        figures["arms"][arm] = {"mean": statistics.mean(values),
+                                "deviation": statistics.stdev(values)}
+    for first, second in itertools.combinations(arms, 2):
+        values = [run[second] - run[first] for run in runs]
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        half = t_quantile(len(runs) - 1) * deviation / math.sqrt(len(runs))
+        figures["differences"][f"{second} - {first}"] = {
+            "mean": mean, "deviation": deviation, "interval": [mean - half, mean + half]}
+    return figures
+
+
+def t_quantile(freedom: int) -> float:
+    """The 0.975 quantile of Student's t distribution, to 0.001."""
+    t = torch.linspace(0, 13, 130_001, dtype=torch.float64)
+    density = torch.distributions.StudentT(freedom).log_prob(t).exp()
+    above_0 = torch.cumulative_trapezoid(density, t)
+    return t[torch.searchsorted(above_0, 0.475)].item()
+
+
+def print_comparison(figures: dict) -> None:
+    arms, runs = figures["arms"], figures["runs"]
+    print("\nval accuracy after the last epoch\n     seed" + "".join(f"{arm:>14}" for arm in arms))
+    for run in runs:
+        print(f"{run['seed']:9}" + "".join(f"{run[arm]:14.4f}" for arm in arms))
+    for name in ("mean", "deviation"):
+        print(f"{name:>9}" + "".join(f"{arm[name]:14.4f}" for arm in arms.values()))
+    for name, difference in figures["differences"].items():
+        low, high = difference["interval"]
+        print(f"{name}: {difference['mean']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}")
+    low, high = figures["differences"]["distillation - control"]["interval"]
+    verdict = ("distillation helps" if low > 0 else "distillation hurts" if high < 0 else
+               "whether distillation helps or hurts cannot be told")
+    print(f"{verdict}, with {len(runs)} pairs")
+
+
+# The check of a folder
+
+def check(args: argparse.Namespace) -> int:
+    """Read all images; print what would make training fail or mislead. Returns the exit code."""
+    folder = find_data(args.data)
+    problems, notes, classes, copies = {}, {}, {}, defaultdict(list)
+    for split in ("train", "val"):
+        images = ImageFolder(folder / split, transform=None, allow_empty=True)
+        classes[split], examined = set(images.classes), examine(images, split, args.workers)
+        readable = [(path, images.classes[label], *found) for (path, label), found
+                    in zip(images.samples, examined) if isinstance(found, tuple)]
+        print_examined(split, images, readable)
+        for path, name, mode, size, digest in readable:
+            copies[digest].append((split, name, path))
+        problems[f"classes without readable images in {split}/"] = sorted(
+            classes[split] - {name for _, name, *_ in readable})
+        (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
+            error for error in examined if isinstance(error, str)]
+        notes[f"files in {split}/ that are ignored, by their suffix no images"] = sorted(
+            str(file) for file in Path(images.root).rglob("[!.]*") if file.is_file()
+            and file.suffix.lower() not in datasets.folder.IMG_EXTENSIONS)
+    problems["classes that only one of train/ and val/ has"] = sorted(
+        classes["train"] ^ classes["val"])
+    for group in copies.values():
+        splits, names, paths = map(list, zip(*group))
+        for kind, what, found in (
+                (problems, "images in both train/ and val/, which flatter val accuracy",
+                 len(set(splits)) > 1),
+                (problems, "images in more than one class", len(set(names)) > 1),
+                (notes, "images twice or more in the same class of the same split",
+                 len(group) > len(set(zip(splits, names))))):
+            if found:
+                kind.setdefault(what, []).append(" = ".join(paths))
+    for kind, found in (("note", notes), ("problem", problems)):
+        for what, items in found.items():
+            if items:
+                print(f"{kind}: {len(items)} {what}", *items[:20], sep="\n  ")
+                print(f"  and {len(items) - 20} more\n" * (len(items) > 20), end="")
+    count = sum(map(len, problems.values()))
+    print(f"problems found: {count or 'none'}")
+    return int(count > 0)
+
+
+def examine(images: ImageFolder, split: str, workers: int | None) -> list[tuple | str]:
+    """Mode, size in pixels and digest of each image of a folder, or why it cannot be read."""
+    def examine_one(path: str) -> tuple | str:
+        try:
+            pixels = images.loader(path)
+            with Image.open(path) as image:
+                digest = hashlib.sha256(repr(image.size).encode() + pixels.numpy().tobytes())
+                return image.mode, image.size, digest.digest()
+        except Exception as error:  # a damaged file can raise nearly anything
+            return str(error)
+
+    progress, examined = Progress(f"{split} images", len(images)), []
+    with ThreadPool(workers or Machine.usable_cores()) as pool:
+        for found in pool.imap(examine_one, images.paths, chunksize=8):
+            examined.append(found)
+            progress.advance(1)
+    progress.rewrite()
+    return examined
+
+
+def print_examined(split: str, images: ImageFolder, readable: list[tuple]) -> None:
+    counts = Counter(images.targets).most_common()
+    print(f"{split + '/':7}{len(images)} images, {len(images.classes)} classes" + (
+        f", of {counts[-1][1]} ({images.classes[counts[-1][0]]}) to {counts[0][1]} "
+        f"({images.classes[counts[0][0]]}) images" if counts else ""))
+    if readable:
+        _, _, modes, sizes, _ = zip(*readable)
+        least, median, most = ("{} x {}".format(*map(function, zip(*sizes)))
+                               for function in (min, statistics.median_low, max))
+        print(f"       {least} to {most} pixels, median {median}; "
+              + ", ".join(f"{mode} {times}" for mode, times in Counter(modes).most_common()))
+
+
+# The embedded data set
+
 def polygon(corners: int) -> Callable[[float], float]:
     wedge = 2 * pi / corners
     return lambda angle: cos(wedge / 2) / cos(angle % wedge - wedge / 2)
 
 
-# The embedded data set: each shape by its radius at an angle in radians; no radius is above 1.
+# Each shape by its radius at an angle in radians; no radius is above 1.
 SHAPES: dict[str, Callable[[float], float]] = {
     "bow": lambda angle: 0.15 + 0.85 * abs(cos(angle)),
     "circle": lambda angle: 0.85,
@@ -255,809 +1046,110 @@ def draw_shape(name: str, rng: random.Random, size: int = 64) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
-class Examined(NamedTuple):
-    """What is found on reading an image: Pillow's mode, width and height, or an error."""
-    mode: str = ""
-    size: tuple[int, int] = (0, 0)  # in pixels
-    digest: bytes = b""  # of size and pixels
-    error: str = ""
-
-
-def examine(path: str) -> Examined:
-    try:
-        pixels = load_image(path)
-        with Image.open(path) as image:
-            digest = hashlib.sha256(repr(image.size).encode() + pixels.numpy().tobytes())
-            return Examined(image.mode, image.size, digest.digest())
-    except Exception as error:  # a damaged file can raise nearly anything
-        return Examined(error=str(error))
-
-
-def check(args: argparse.Namespace) -> int:
-    """Read all images; tell what would make training fail or mislead. Returns the exit code."""
-    folder = find_data(args.data)
-    problems, notes, classes, copies = {}, {}, {}, defaultdict(list)
-    for split in ("train", "val"):
-        images = ImageFolder(folder / split, transform=None, allow_empty=True)
-        paths = [path for path, _ in images.samples]
-        with ThreadPool(args.workers or usable_cores()) as pool:
-            examined = list(watched(pool.imap(examine, paths, chunksize=8), len(paths),
-                                    f"{split} images", size=lambda item: 1))
-        print_examined(split, images, examined)
-        classes[split] = set(images.classes)
-        used = {label for label, image in zip(images.targets, examined) if not image.error}
-        problems[f"classes without readable images in {split}/"] = [
-            name for label, name in enumerate(images.classes) if label not in used]
-        (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
-            image.error for image in examined if image.error]
-        notes[f"files in {split}/ that are ignored, by their suffix no images"] = sorted(
-            str(file) for file in Path(images.root).rglob("[!.]*") if file.is_file()
-            and file.suffix.lower() not in datasets.folder.IMG_EXTENSIONS)
-        for (path, label), image in zip(images.samples, examined):
-            if not image.error:
-                copies[image.digest].append((split, images.classes[label], path))
-    problems["classes that only one of train/ and val/ has"] = sorted(
-        classes["train"] ^ classes["val"])
-    leaked, ambiguous, repeated = sort_copies(copies.values())
-    problems["images in both train/ and val/, which flatter val accuracy"] = leaked
-    problems["images in more than one class"] = ambiguous
-    notes["images twice or more in the same class of the same split"] = repeated
-    for kind, found in (("note", notes), ("problem", problems)):
-        for what, items in found.items():
-            if items:
-                print(f"{kind}: {len(items)} {what}", *items[:20], sep="\n  ")
-                print(f"  and {len(items) - 20} more\n" * (len(items) > 20), end="")
-    count = sum(map(len, problems.values()))
-    print(f"problems found: {count or 'none'}")
-    return int(count > 0)
-
-
-def sort_copies(groups: Iterable[list[tuple[str, str, str]]]) -> tuple[list[str], ...]:
-    """Of images that are alike, each as split, class and path: those in both splits, those in two
-    classes or more, and those that are together in one class of one split."""
-    leaked, ambiguous, repeated = [], [], []
-    for group in groups:
-        splits, names, paths = zip(*group)
-        line = " = ".join(paths)
-        if len(set(splits)) > 1:
-            leaked.append(line)
-        if len(set(names)) > 1:
-            ambiguous.append(line)
-        if len(group) > len(set(zip(splits, names))):
-            repeated.append(line)
-    return leaked, ambiguous, repeated
-
-
-def print_examined(split: str, images: ImageFolder, examined: list[Examined]) -> None:
-    counts = Counter(images.targets).most_common()
-    print(f"{split + '/':7}{len(images)} images, {len(images.classes)} classes" + (
-        f", of {counts[-1][1]} ({images.classes[counts[-1][0]]}) to {counts[0][1]} "
-        f"({images.classes[counts[0][0]]}) images" if counts else ""))
-    sizes = [image.size for image in examined if not image.error]
-    if sizes:
-        least, median, most = ("{} x {}".format(*map(function, zip(*sizes)))
-                               for function in (min, statistics.median_low, max))
-        modes = Counter(image.mode for image in examined if not image.error).most_common()
-        print(f"       {least} to {most} pixels, median {median}; "
-              + ", ".join(f"{mode} {times}" for mode, times in modes))
-
-
-class Augmented(Dataset):
-    """The images of a folder asked for as (index, seed), which alone decide their augmentation."""
-
-    def __init__(self, folder: ImageFolder, transform: Callable) -> None:
-        self.folder, self.transform = folder, transform
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        index, seed = item
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.folder.load(index, self.transform)
-
-
-class EpochBatches(Sampler):
-    """The batches of one epoch, in an order that seed and epoch decide, from `start` on.
-
-    All batches are of the same size within one image, so that none is too small for batch norm.
-    Each process gets its part of every batch. Set `epoch` and `start` before iterating.
-
-    Args:
-        count: images in the data set.
-        batch_size: images in a batch, at most, on all processes together.
-        seed: of the order and of every image's augmentation.
-    """
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return math.ceil(self.count / self.batch_size)
-
-    def size(self, position: int) -> int:
-        """Images in the batch at a position, on all processes together."""
-        return self.count // len(self) + (position < self.count % len(self))
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
-        seeds = torch.randint(2 ** 32, (self.count,), generator=generator)
-        order = torch.randperm(self.count, generator=generator)
-        for batch in order.tensor_split(len(self))[self.start:]:
-            part = batch.tensor_split(world_size())[rank()]
-            yield list(zip(part.tolist(), seeds[part].tolist()))
-
-
-def mix(*numbers: int) -> int:
-    """A seed made of numbers: 32 bits, as torch's CPU generator ignores all higher ones."""
-    return random.Random(" ".join(map(str, numbers))).getrandbits(32)
-
-
-class Data(NamedTuple):
-    """Both splits, loaders of this process's share of them, and what tells if they change."""
-    train_set: ImageFolder
-    val_set: ImageFolder
-    train_loader: DataLoader  # augmented
-    val_loader: DataLoader
-    fingerprints: dict[str, str]
-
-    @property
-    def classes(self) -> list[str]:
-        return self.train_set.classes
-
-    def augmented(self, count: int, seed: int) -> list[tuple[Tensor, int]]:
-        """So many train images (H, W, 3) from all over the folder, and their labels."""
-        indices = torch.linspace(0, len(self.train_set) - 1, min(count, len(self.train_set)))
-        return [self.train_loader.dataset[index, mix(seed, index)]
-                for index in indices.long().tolist()]
-
-
-def fingerprint(dataset: ImageFolder) -> str:
-    """What tells whether the images of a folder are still the same: number and names."""
-    names = "\n".join(path[len(dataset.root):] for path, _ in dataset.samples)
-    digest = hashlib.sha256(os.fsencode(names)).hexdigest()
-    return f"{len(dataset)} images (SHA-256 of their names: {digest[:16]})"
-
-
-def make_data(args: argparse.Namespace, device: torch.device) -> Data:
-    """Both splits, whose classes must be the same, and their loaders."""
-    with first_on_its_machine_first():
-        folder = find_data(args.data)
-    args.data = str(folder.resolve())
-    transform = val_transform(args.size, normalized=False)
-    train_set, val_set = (ImageFolder(folder / split, transform) for split in ("train", "val"))
-    unmatched = sorted(set(train_set.classes) ^ set(val_set.classes))
-    if unmatched:
-        raise UserError(f"the classes of train/ and val/ in {folder} differ: only one of them "
-                        f"has {listed(unmatched)}")
-    share = slice(rank(), None, world_size())
-    workers = args.workers
-    if workers is None:
-        workers = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if args.skip_unreadable:
-        for dataset in (train_set, val_set):
-            dataset.leave_out_unreadable(workers, share, gather)
-    batches = EpochBatches(len(train_set), args.batch_size, args.seed)
-    refuse_small_batches(batches, args.size)
-    scale = RECIPES[args.recipe]["crop_scale"]
-    augmented = Augmented(train_set, train_transform(args.size, scale, normalized=False))
-    return Data(train_set, val_set, make_loader(augmented, device, workers, batch_sampler=batches),
-                make_loader(Subset(val_set, range(len(val_set))[share]), device, workers,
-                            batch_size=args.batch_size // world_size()),
-                {"train": fingerprint(train_set), "val": fingerprint(val_set)})
-
-
-def refuse_small_batches(batches: EpochBatches, size: int) -> None:
-    if batches.batch_size % world_size():
-        raise UserError(f"--batch-size {batches.batch_size} cannot be split evenly among "
-                        f"{world_size()} processes: use a multiple of {world_size()}")
-    least = batches.size(len(batches) - 1) // world_size()
-    if least < (2 if size <= 32 else 1):  # at 32 pixels, batch norm has one value an image
-        raise UserError(f"the smallest batch leaves a process {least} images, too few for batch "
-                        f"norm at {size} pixels: use a larger --batch-size or --size")
-
-
-# The network and its optimiser
-
-def make_model(args: argparse.Namespace, num_classes: int, weights: str,
-               device: torch.device) -> HookedModel:
-    try:
-        with first_on_its_machine_first():
-            model = hooked_classifier(args.arch, num_classes, weights, args.student_layer,
-                                      args.teacher_layer)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(f"cannot get the weights {weights!r} ({error}): give a FILE, or none for "
-                        "random weights") from None
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise UserError(f"{weights}: not all of its weights are finite")
-    args.student_layer, args.teacher_layer = model.layer_names
-    if device.type == "cuda" and world_size() > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model.to(device, memory_format=torch.channels_last)
-
-
-def make_criterion(args: argparse.Namespace, model: HookedModel, num_classes: int) -> Loss:
-    recipe = RECIPES[args.recipe]
-    try:
-        logits, *features = model.dry_run(args.size)
-        student_channels, teacher_channels = (pooled(output).shape[1] for output in features)
-        if args.recipe == "blog":
-            criterion = SelfDistillationLoss(args.alpha, student_channels, teacher_channels)
-        else:
-            criterion = AuxiliaryClassifierLoss(num_classes, args.alpha, student_channels,
-                                                recipe["soft"],
-                                                label_smoothing=recipe["label_smoothing"])
-        criterion.to(logits.device)(logits, logits.argmax(dim=1), *features)
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"{args.arch} cannot be trained at --size {args.size} by --recipe "
-                        f"{args.recipe}: {textwrap.shorten(str(error), 200)}") from None
-    # The published adapter is never trained; without distillation, nothing of the loss is.
-    return criterion.requires_grad_(args.recipe != "blog" and args.distillation)
-
-
-class Distiller(nn.Module):
-    """The hooked network and its loss as one module, so that DDP averages the gradients of both.
-
-    Args:
-        distill: False only measures the distillation term, which is then not part of the loss.
-
-    Shape:
-        - images: (N, 3, H, W); labels: (N)
-        - returns logits (N, K), and the loss and its two terms, scalars, which are computed in
-          fp32 whatever the precision
-    """
-
-    def __init__(self, model: HookedModel, criterion: Loss, precision: str,
-                 distill: bool = True) -> None:
-        super().__init__()
-        self.model, self.criterion = model, criterion
-        self.precision, self.distill = precision, distill
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with autocast(images.device, self.precision):
-            logits, student, teacher = self.model(images)
-        logits = logits.float()
-        ce, distillation = self.criterion.terms(logits, labels, student.float(), teacher.float())
-        loss = self.criterion.combine(ce, distillation if self.distill else torch.zeros_like(ce))
-        return logits, loss, ce, distillation
-
-
-def make_optimizer(args: argparse.Namespace, model: HookedModel,
-                   criterion: Loss) -> SGD:
-    """SGD, with no decay of biases and norms."""
-    recipe = RECIPES[args.recipe]
-    parameters = [parameter for parameter in [*model.parameters(), *criterion.parameters()]
-                  if parameter.requires_grad]
-    groups = [{"params": [parameter for parameter in parameters
-                          if (parameter.ndim > 1) == is_matrix],
-               "weight_decay": recipe["weight_decay"] if is_matrix else 0.0}
-              for is_matrix in (True, False)]
-    # Fused, a first step that fp16's scaler skips would leave the momentum uninitialised.
-    return SGD(groups, lr=args.lr, momentum=0.9, nesterov=recipe["nesterov"],
-               fused=args.precision != "fp16")
-
-
-def make_scheduler(optimizer: SGD, one_cycle: bool, steps: int) -> LRScheduler:
-    """A warm-up and a cosine down to nought over all steps of the run, or a constant."""
-    if not one_cycle:
-        return ConstantLR(optimizer, factor=1.0, total_iters=0)
-    return OneCycleLR(optimizer, max_lr=[group["lr"] for group in optimizer.param_groups],
-                      total_steps=max(2, steps), cycle_momentum=False)
-
-
-# The run
-
-class Run:
-    """All that changes while training; what last.pt keeps of it is `state_dict()`.
-
-    No random state is among it: seed, epoch, batch and rank decide that of every step.
-
-    Args:
-        decay: of a moving average of the network's weights, a step, in [0, 1]. It is then the
-            average that is validated and saved. Default: None, the weights themselves
-    """
-
-    FIGURES = ("epoch", "batch", "totals", "seconds", "log", "best")
-
-    def __init__(self, model: HookedModel, criterion: Loss, optimizer: SGD, scheduler: LRScheduler,
-                 scaler: torch.amp.GradScaler, decay: float | None = None) -> None:
-        self.model, self.criterion, self.optimizer = model, criterion, optimizer
-        self.scheduler, self.scaler = scheduler, scaler
-        self.average = None if decay is None else AveragedModel(
-            model.model, multi_avg_fn=moving_average(decay), use_buffers=True)
-        self.result = self.average.module if self.average else model.model  # what is validated
-        self.device = next(model.parameters()).device
-        self.epoch = 0  # epochs completed
-        self.log: list[dict] = []  # a line for each of them
-        self.best = dict(NONE_YET)
-        self.start_epoch()
-
-    def start_epoch(self) -> None:
-        self.batch = 0  # batches of this epoch already trained on
-        self.seconds = 0.0  # spent on them
-        # Sums over their images: 1, loss, cross-entropy, distillation, correct.
-        self.totals = torch.zeros(5, device=self.device)
-
-    def start_average(self) -> None:
-        """Let the average begin with the weights as they are now."""
-        self.average.n_averaged.zero_()
-        self.average.update_parameters(self.model.model)
-
-    def parts(self) -> dict:
-        parts = {"network": self.model.model, "criterion": self.criterion,
-                 "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
-        return parts | {"average": self.average} if self.average else parts
-
-    def state_dict(self) -> dict:
-        return ({name: part.state_dict() for name, part in self.parts().items()}
-                | {name: getattr(self, name) for name in self.FIGURES})
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
-        for name in self.FIGURES:
-            if type(state[name]) is not type(getattr(self, name)):
-                raise TypeError(f"{name} is a {type(state[name]).__name__}")
-            setattr(self, name, state[name])
-        self.totals = self.totals.to(self.device)
-
-    def check_finite(self, *tensors: Tensor) -> None:
-        if not all(tensor.isfinite().all() for tensor in (self.totals, *tensors)):
-            rate = max(group["lr"] for group in self.optimizer.param_groups)
-            raise UserError(f"the loss is not finite in epoch {self.epoch + 1}, by batch "
-                            f"{self.batch} (learning rate {rate:.3g}): try a lower --lr; last.pt "
-                            "keeps the last good state")
-
-
-def moving_average(decay: float) -> Callable:
-    """The update of an AveragedModel: of whole numbers, such as positions, a copy.
-
-    As a mean of two equal ones, torch's rounding can make another of them.
-    """
-    average = get_ema_multi_avg_fn(decay)
-
-    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
-        if averages[0].is_floating_point():
-            average(averages, values, count)
-        else:
-            for old, new in zip(averages, values):
-                old.copy_(new)
-    return update
-
-
-class Stopped(Exception):
-    """The run was asked to stop, by the signal whose number is the argument."""
-
-
-class Checkpointer:
-    """Saves a run after each epoch, every so often, and on signals; always between two steps.
-
-    SIGINT (Ctrl-C) and SIGTERM save and stop it, SIGUSR1 saves and goes on; a second SIGINT stops
-    at once. A signal to any of several processes is one to all.
-
-    Args:
-        run: to save.
-        args: the settings of the run; its `save_every` is in minutes.
-        data: that it is trained on.
-    """
-
-    def __init__(self, run: Run, args: argparse.Namespace, data: Data) -> None:
-        self.run, self.args, self.data = run, args, data
-
-    def __enter__(self) -> "Checkpointer":
-        self.stop, self.wanted, self.saved = 0, False, time.monotonic()
-        self.previous = {getattr(signal, name): signal.signal(getattr(signal, name), self.note)
-                         for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, frame: object) -> None:
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            self.wanted = True
-        elif number == signal.SIGINT and self.stop == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            self.stop = self.stop or number
-
-    def attend(self, batches: Iterable, steps: int) -> Iterator:
-        """The batches; between two of them the run is saved or, by Stopped, left when asked to.
-
-        Args:
-            batches: those of this process.
-            steps: the number of batches of the process that has the most of them.
-        """
-        batches = itertools.chain.from_iterable([batches])  # starts its workers when first asked
-        for _ in range(steps):
-            batch = self.fetch(batches)
-            due = rank() == 0 and time.monotonic() - self.saved >= 60 * self.args.save_every
-            wishes = torch.tensor([self.stop, self.wanted or due])
-            if dist.is_initialized():
-                dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
-            stop, save = wishes.tolist()
-            if stop:
-                raise Stopped(stop)
-            if save:
-                self.save()
-            if batch is not None:
-                yield batch
-
-    def fetch(self, batches: Iterator) -> tuple[Tensor, Tensor] | None:
-        """The next batch; None after the last, or where this process has been asked to stop."""
-        if self.stop:
-            return None
-        try:
-            batch = next(batches, None)
-        except (RuntimeError, OSError, EOFError) as error:  # what comes of a worker's death
-            if isinstance(error, RuntimeError) and not str(error).startswith(
-                    ("DataLoader worker", "Pin memory thread")):
-                raise
-            time.sleep(1)  # a signal to all processes may reach this one last
-            if self.stop:
-                return None
-            raise UserError(f"a process that loads images has died ({error}), maybe for want of "
-                            "memory: try fewer --workers; last.pt keeps the last state "
-                            "saved") from None
-        if hasattr(signal, "SIGCHLD"):  # by torch's handler a worker's death would break up a step
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return batch
-
-    def save(self) -> None:
-        """Write last.pt and log.jsonl; before them best.pt, if the epoch just ended is the best."""
-        self.wanted, self.saved = False, time.monotonic()
-        run, args = self.run, self.args
-        run.check_finite(*run.model.parameters())
-        if rank() > 0:
-            return
-        settings = {name: value for name, value in vars(args).items()
-                    if name not in ("out", "resume", "compare", "check")}
-        checkpoint = {"model": run.result.state_dict(), "arch": args.arch,
-                      "classes": self.data.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
-                      "std": list(IMAGENET_STD), "epoch": run.epoch,
-                      "val_acc": max(0.0, (run.log or [run.best])[-1]["val_acc"]),
-                      "data": args.data, "args": settings}
-        has_exit = run.epoch and args.distillation and args.alpha
-        if has_exit and isinstance(run.criterion, AuxiliaryClassifierLoss):
-            layer = run.model.layer_names[0]
-            checkpoint["exits"] = {layer: run.criterion.classifier.state_dict()}
-        if (run.epoch, run.batch) == (run.best["epoch"], 0):
-            write_checkpoint(Path(args.out, "best.pt"), checkpoint)
-        state = run.state_dict() | {"data": self.data.fingerprints}
-        write_checkpoint(Path(args.out, "last.pt"), checkpoint | {"run": state})
-        lines = "".join(json.dumps(line) + "\n" for line in run.log)
-        write_file(Path(args.out, "log.jsonl"), lines.encode())
-
-
-def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    with buffer.getbuffer() as content:
-        write_file(path, content)
-
-
-class Progress:
-    """One line on a terminal, rewritten as training goes on; elsewhere only a check of the loss."""
-
-    def __init__(self, epochs: int, batches: int, count: int) -> None:
-        self.epochs, self.batches, self.count = epochs, batches, count
-        self.shown = 0.0
-
-    def show(self, run: Run) -> None:
-        """At most twice a second, as reading the figures makes an accelerator wait."""
-        now = time.perf_counter()
-        if now - self.shown < 0.5:
-            return
-        self.shown = now
-        run.check_finite()
-        images, loss = run.totals[:2].tolist()
-        speed = images / run.seconds
-        left = ((self.epochs - run.epoch) * self.count - images) / speed
-        rewrite_line(f"epoch {run.epoch + 1}/{self.epochs}  batch {run.batch}/{self.batches}  "
-                     f"{speed:.1f} images/s  loss {loss / images:.4f}  {duration(left)} left")
-
-
-def train_epoch(run: Run, network: nn.Module, batches: Iterable, sampler: EpochBatches,
-                progress: Progress) -> None:
-    """Train on the rest of an epoch's batches, adding up the figures in `run.totals`."""
-    network.train()
-    start = time.perf_counter() - run.seconds
-    for images, labels in batches:
-        torch.manual_seed(mix(sampler.seed, run.epoch, run.batch, rank()))
-        images = to_device(images, run.device)
-        labels = labels.to(run.device, non_blocking=True)
-        run.optimizer.zero_grad()
-        logits, loss, ce, distillation = network(images, labels)
-        # DDP takes the mean over the processes, whose parts of a batch may differ by one image.
-        share = len(labels) * world_size() / sampler.size(run.batch)
-        run.scaler.scale(loss * share).backward()
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.scheduler.step()
-        if run.average:
-            run.average.update_parameters(run.model.model)
-
-        correct = (logits.argmax(dim=1) == labels).float().mean()
-        figures = torch.stack([torch.ones_like(loss), loss, ce, distillation, correct])
-        figures = figures.detach() * len(labels)
-        if dist.is_initialized():
-            dist.all_reduce(figures)
-        run.totals += figures
-        run.batch += 1
-        run.seconds = time.perf_counter() - start
-        progress.show(run)
-    run.check_finite()
-
-
-def validate(run: Run, data: Data, args: argparse.Namespace,
-             checkpointer: Checkpointer) -> Predictions:
-    """Predictions for the val images, each by one of the processes, in the order of the folder."""
-    if dist.is_initialized():
-        # Processes differ in batch norm's statistics, and rounding may differ in their averages.
-        for tensor in run.result.state_dict().values():
-            dist.broadcast(tensor, src=0)
-    steps = math.ceil(len(data.val_set) / args.batch_size)
-    loader = watched(data.val_loader, len(data.val_loader.dataset), "validating: images")
-    batches = checkpointer.attend(loader, steps)
-    predictions = predict(run.result, batches, run.device, args.precision, gather)
-    indices = torch.arange(len(data.val_set))
-    order = torch.cat([indices[first::world_size()] for first in range(world_size())]).argsort()
-    *columns, seconds = predictions
-    return Predictions(*(column[order] for column in columns), seconds)
-
-
-def fit_classifier(run: Run, data: Data, args: argparse.Namespace,
-                   checkpointer: Checkpointer) -> None:
-    """Fit a logistic regression to the features that the weights given yield.
-
-    A random classifier would distort them first: Kumar et al., Fine-Tuning can Distort Pretrained
-    Features and Underperform Out-of-Distribution, arXiv:2202.10054. A sample of the train images is
-    enough, seen as in validation.
-    """
-    count = min(len(data.train_set), 400 * len(data.classes), 20_000)
-    generator = torch.Generator().manual_seed(args.seed)
-    chosen = torch.randperm(len(data.train_set), generator=generator)[:count].tolist()
-    loader = make_loader(Subset(data.train_set, chosen[rank()::world_size()]), run.device,
-                         data.val_loader.num_workers, batch_size=data.val_loader.batch_size)
-    watched_loader = watched(loader, len(loader.dataset), "fitting the classifier: images")
-    batches = checkpointer.attend(watched_loader, math.ceil(count / args.batch_size))
-    name = find_classifier(run.model.model)
-    classifier = run.model.model.get_submodule(name)
-    headless = copy.deepcopy(run.model.model)  # a copy, as the run may be saved meanwhile
-    headless.set_submodule(name, nn.Identity())
-    parts = [(features.cpu(), labels) for features, labels
-             in outputs(headless, batches, run.device, args.precision)]
-    features, labels = (torch.cat(part).to(run.device) for part in zip(*gather(parts)))
-    for parameter in classifier.parameters():
-        nn.init.zeros_(parameter)
-    optimizer = LBFGS(classifier.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(classifier(features), labels)
-        loss = loss + 0.01 * classifier.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-
-
-def begin(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpointer) -> None:
-    """Epoch 0: the accuracy of the weights given, once a classifier is fitted to them."""
-    start = time.perf_counter()
-    fit_classifier(run, data, args, checkpointer)
-    run.start_average()
-    predictions = validate(run, data, args, checkpointer)
-    val = summarize(predictions, data.classes)
-    run.best = {"epoch": 0, "val_acc": val["top1"]}
-    checkpointer.save()
-    report(run, data, args, predictions)
-    rewrite_line()
-    print(f"epoch 0/{args.epochs}  only the classifier fitted  val acc {val['top1']:.4f}  "
-          f"{time.perf_counter() - start:.1f} s", flush=True)
-
-
-def report(run: Run, data: Data, args: argparse.Namespace, predictions: Predictions) -> None:
-    """Write the page of the run so far, if it is asked for."""
-    if not args.report or rank() > 0:
-        return
-    augmented = [(image, data.classes[label])
-                 for image, label in data.augmented(20, mix(args.seed, run.epoch))]
-    title = f"{Path(args.out).resolve().name}: {args.arch} after epoch {run.epoch} of {args.epochs}"
-    html = page(title, summarize(predictions, data.classes), predictions, data.val_set, run.log,
-                augmented, refresh=run.epoch < args.epochs)
-    write_file(Path(args.out, "report.html"), html.encode(errors="backslashreplace"))
-
-
-def health(run: Run, data: Data, seed: int) -> dict[str, float]:
-    """How the distillation term does, on some augmented train images, at most a batch or 32.
-
-    The ratio of its gradient to that of the cross-entropy, both as weighted in the loss, with
-    respect to the student features; then, of the student and the teacher features, what
-    `norm_and_spread` tells. It is the weights trained that are looked at, not their average, in a
-    copy of the network, so that nothing of the run changes.
-    """
-    seed = mix(seed, run.epoch)
-    torch.manual_seed(seed)  # of dropout
-    images, labels = default_collate(data.augmented(min(32, data.val_loader.batch_size), seed))
-    images, labels = to_device(images, run.device), labels.to(run.device)
-    logits, student, teacher = copy.deepcopy(run.model).train()(images)
-    zero = torch.zeros((), device=run.device)
-    ce, distillation = run.criterion.terms(logits, labels, student, teacher)
-    ce, distillation = (torch.autograd.grad(term, student, retain_graph=True)[0].norm().item()
-                        for term in (run.criterion.combine(ce, zero),
-                                     run.criterion.combine(zero, distillation)))
-    figures = {"gradient_ratio": distillation / ce if ce else None}
-    for name, features in (("student", student), ("teacher", teacher)):
-        figures[f"{name}_norm"], figures[f"{name}_spread"] = norm_and_spread(features)
-    return figures
-
-
-@torch.no_grad()
-def norm_and_spread(features: Tensor) -> tuple[float, float]:
-    """The mean length of features over the channels, and the spread of their directions.
-
-    The spread is the root mean square distance from their mean, from 0 (all alike) to 1. Features
-    are maps (N, C, H, W) or tokens (N, L, C).
-    Features that collapse are alike: Chen & He, SimSiam, arXiv:2011.10566, section 4.1.
-    """
-    features = features.flatten(2) if features.ndim == 4 else features.mT  # (N, C, positions)
-    directions = F.normalize(features, dim=1)
-    away = directions - directions.mean(dim=(0, 2), keepdim=True)
-    return features.norm(dim=1).mean().item(), away.square().sum(dim=1).mean().sqrt().item()
-
-
-def finish_epoch(run: Run, predictions: Predictions, classes: list[str],
-                 figures: dict[str, float]) -> dict:
-    """Close the epoch: its log line, with the further figures; and whether it is the best yet."""
-    images, *sums = run.totals.tolist()
-    loss, ce, distillation, train_acc = (value / images for value in sums)
-    val = summarize(predictions, classes)
-    if not math.isfinite(val["loss"]):
-        raise UserError(f"the val loss is not finite after epoch {run.epoch + 1}: try a lower "
-                        "--lr; last.pt keeps the last good state")
-    run.epoch += 1
-    line = {"epoch": run.epoch, "train_loss": loss, "ce_loss": ce,
-            "distillation_loss": distillation, "train_acc": train_acc, "val_loss": val["loss"],
-            "val_acc": val["top1"], "lr": run.optimizer.param_groups[0]["lr"],
-            "images_per_second": images / run.seconds,
-            "seconds": run.seconds + predictions.seconds} | figures
-    run.log.append(line)
-    if line["val_acc"] > run.best["val_acc"]:  # a tie leaves the earlier epoch the best
-        run.best = {"epoch": run.epoch, "val_acc": line["val_acc"]}
-    run.start_epoch()
-    return line
-
-
-def train(run: Run, data: Data, args: argparse.Namespace, checkpointer: Checkpointer) -> None:
-    """Train and validate for the epochs that are left, saving after each."""
-    network = make_network(run, args)
-    sampler = data.train_loader.batch_sampler
-    progress = Progress(args.epochs, len(sampler), sampler.count)
-    while run.epoch < args.epochs:
-        sampler.epoch, sampler.start = run.epoch, run.batch
-        batches = checkpointer.attend(data.train_loader, len(sampler) - run.batch)
-        train_epoch(run, network, batches, sampler, progress)
-        predictions = validate(run, data, args, checkpointer)
-        line = finish_epoch(run, predictions, data.classes, health(run, data, args.seed))
-        checkpointer.save()
-        report(run, data, args, predictions)
-        rewrite_line()
-        print(f"epoch {run.epoch}/{args.epochs}  loss {line['train_loss']:.4f} "
-              f"(ce {line['ce_loss']:.4f}, distillation {line['distillation_loss']:.4g})  "
-              f"train acc {line['train_acc']:.4f}  val acc {line['val_acc']:.4f}  "
-              f"{line['images_per_second']:.1f} images/s  {line['seconds']:.1f} s", flush=True)
-        warn_of_collapse(run.log)
-
-
-def warn_of_collapse(log: list[dict]) -> None:
-    """Once, after the first epoch of which it is true."""
-    spreads = [min(line["student_spread"], line["teacher_spread"]) for line in log]
-    if spreads[-1] < COLLAPSED and min(spreads[:-1], default=1) >= COLLAPSED:
-        print(f"warning: the features have collapsed, they are nearly alike for all images (spread "
-              f"{spreads[-1]:.2g} of at most 1): try a lower --alpha or --lr", flush=True)
-
-
-def make_network(run: Run, args: argparse.Namespace) -> nn.Module:
-    """The network and its loss, compiled and distributed as asked."""
-    network = Distiller(run.model, run.criterion, args.precision, args.distillation)
-    if args.compile:
-        network = torch.compile(network)
-    if dist.is_initialized():
-        devices = [run.device] if run.device.type == "cuda" else None
-        network = DistributedDataParallel(network, device_ids=devices)
-    return network
-
-
 # The command line
 
 def make_parser() -> Parser:
-    def by_recipe(setting: str) -> str:
-        return ", ".join(f"{name}: {recipe[setting]:g}" for name, recipe in RECIPES.items())
+    """A parser whose result has the flags that are given, and no others."""
+    number = Parser.number
 
-    parser = Parser(prog="train.py", description="Fine-tune an image classifier while the "
-                    "network teaches itself.")
+    def by_recipe(setting: str) -> str:
+        return ", ".join(f"{name} {recipe[setting]:g}" for name, recipe in RECIPES.items())
+
+    parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS,
+                    description="Fine-tune an image classifier while the network teaches itself.")
     group = parser.add_argument_group("data and results")
     group.add_argument("--data", metavar="DIR", help="folder with train/ and val/, each with one "
                        "folder of images a class; a missing imagenette2, imagenette2-320 or "
                        "imagenette2-160 is downloaded (default: drawn shapes in ./data/shapes)")
-    group.add_argument("--out", metavar="DIR", default=".",
-                       help="for best.pt, last.pt and log.jsonl (default: the current folder)")
+    group.add_argument("--out", metavar="DIR", help="for best.pt, last.pt and log.jsonl (default: "
+                       "the current folder)")
     group.add_argument("--resume", metavar="FILE", nargs="?", const="",
                        help="go on from FILE (default: last.pt in --out), by default in its "
                        "folder; auto: from last.pt, or anew if there is none yet")
-    group.add_argument("--save-every", type=number(float, 0), metavar="MINUTES", default=10.0,
+    group.add_argument("--save-every", type=number(float, 0), metavar="MINUTES",
                        help="write last.pt so often, besides after each epoch (default: 10)")
-    group.add_argument("--compare", type=number(int, 2), metavar="N", help="train N pairs of runs, "
-                       "seeds from --seed on, with and without distillation, and tell what it "
-                       "gains, in compare.json; what was stopped goes on with --resume added")
-    group.add_argument("--report", action=argparse.BooleanOptionalAction, default=False,
+    group.add_argument("--report", action=argparse.BooleanOptionalAction,
                        help="write report.html in --out, anew after each epoch: figures, charts "
                        "and images, to be watched in a browser")
     group.add_argument("--check", action="store_true", help="instead of training, read every image "
                        "and tell what would make it fail or mislead: unreadable images, classes "
                        "without images or in one split only, copies within and across splits")
-    group.add_argument("--skip-unreadable", action=argparse.BooleanOptionalAction, default=False,
+    group.add_argument("--skip-unreadable", action=argparse.BooleanOptionalAction,
                        help="leave out images that cannot be read, having tried all at the start")
     group = parser.add_argument_group("training")
-    group.add_argument("--recipe", choices=list(RECIPES), default="tuned", help="the defaults of "
-                       "the flags below, and the form of the loss (default: tuned)")
-    group.add_argument("--epochs", type=number(int, 1), default=5, metavar="N",
+    group.add_argument("--recipe", choices=list(RECIPES), help="the defaults of the flags below "
+                       "(default: tuned; byot: Be Your Own Teacher; blog: the published "
+                       "walk-through)")
+    group.add_argument("--epochs", type=number(int, 1), metavar="N",
                        help="passes over the images (default: 5)")
     group.add_argument("--batch-size", type=number(int, 1), metavar="N", help="images a step, on "
                        f"all processes together (default: {by_recipe('batch_size')})")
     group.add_argument("--lr", type=number(float, 0), metavar="RATE", help="peak learning rate "
                        f"(default: {by_recipe('lr')}; from random weights: "
                        f"{by_recipe('scratch_lr')})")
-    group.add_argument("--alpha", type=number(float, 0, 1), metavar="WEIGHT",
-                       help="weight of distillation, 1 - WEIGHT that of cross-entropy (default: "
+    group.add_argument("--alpha", type=number(float, 0, 1), metavar="WEIGHT", help="weight of the "
+                       "three terms below, 1 - WEIGHT of the cross-entropy (default: "
                        f"{by_recipe('alpha')})")
-    group.add_argument("--distillation", action=argparse.BooleanOptionalAction, default=True,
-                       help="--no-distillation trains by the cross-entropy alone, its weight as "
-                       "it is: the control of --compare")
-    group.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, metavar="N",
+    for name, what in (("hint", "the distance of early features from adapted deep ones"),
+                       ("labels", "the early classifiers' cross-entropy"),
+                       ("soft", "what the early classifiers learn from the network's output")):
+        group.add_argument(f"--{name}", type=number(float, 0), metavar="WEIGHT",
+                           help=f"weight of {what} (default: {by_recipe(name)})")
+    group.add_argument("--distillation", action=argparse.BooleanOptionalAction,
+                       help="--no-distillation trains on the cross-entropy alone, its weight as it "
+                       "is: the control of --compare")
+    group.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), metavar="N",
                        help="of weights, order and augmentation (default: 0)")
+    group.add_argument("--compare", type=number(int, 2), metavar="N", help="train N pairs of runs, "
+                       "seeds from --seed on, with and without distillation, and tell what it "
+                       "gains, in compare.json; what was stopped goes on with --resume added")
+    group.add_argument("--compare-arms", nargs="+", choices=list(ARMS), metavar="ARM",
+                       help="of --compare: control (without distillation), labels (--hint 0 --soft "
+                       "0), distillation (default: control distillation)")
     group = parser.add_argument_group("network")
-    group.add_argument("--arch", metavar="NAME", default="resnet18", help="any classifier of "
-                       "torchvision.models, such as resnet50 or vit_b_16 (default: resnet18)")
-    group.add_argument("--student-layer", metavar="NAME", help="the early layer that the second "
-                       "term acts on (default: found; of resnet18, layer2.1)")
-    group.add_argument("--teacher-layer", metavar="NAME", help="the deep layer that --recipe blog "
-                       "compares it with (default: found; of resnet18, layer4.1)")
+    group.add_argument("--arch", metavar="NAME", help="any classifier of torchvision.models, such "
+                       "as resnet50 or vit_b_16 (default: resnet18)")
+    group.add_argument("--student-layer", nargs="+", metavar="NAME", help="early layers that "
+                       "learn, shallow first (default: found; layer2.1 for resnet18)")
+    group.add_argument("--teacher-layer", metavar="NAME", help="deep layer that --hint compares "
+                       "them with (default: found; layer4.1 for resnet18)")
     group.add_argument("--weights", metavar="imagenet|none|FILE", help="initial weights (default: "
                        "imagenet; none for the drawn shapes)")
     group.add_argument("--size", type=number(int, *SIZES), metavar="PIXELS",
                        help="height and width of the images (default: 224; 32 for the drawn "
                        "shapes)")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--workers", type=number(int, 0, 1024), metavar="N", help="processes that "
-                       "load images, for each that trains; 0: none beside that (default: its "
-                       f"share of the cores usable here, {usable_cores()})")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: "
-                       "auto, the best there is)")
-    group.add_argument("--precision", choices=["auto", *DTYPES], default="auto",
-                       help="of the network; the losses are in fp32 (default: auto, the fastest)")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction,
                        help="torch.compile the network")
+    parser.add_machine_arguments()
     return parser
 
 
-def parse_args(arguments: list[str]) -> tuple[argparse.Namespace, dict | None]:
-    """The settings of the run, and the checkpoint to resume, whose settings are the defaults."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    checkpoint = None if args.resume is None else from_first(read_resumed, args)
+def settle(given: dict) -> tuple[argparse.Namespace, dict | None]:
+    """Complete the flags given to a run's final settings; load the checkpoint it resumes, if any.
+
+    The settings of a checkpoint come before the defaults, and flags before both.
+    """
+    checkpoint = None
+    if given.get("resume") is not None:
+        checkpoint = on_rank_zero(read_resumed, given)
     if checkpoint:
-        saved = [f"--out={resumed_path(args).parent}", *as_flags(checkpoint["args"])]
-        args, before = parser.parse_args([*saved, *arguments]), parser.parse_args(saved)
-        apply_defaults(before)
-        refuse_contradictions(args, before)
-    apply_defaults(args)
+        path = resumed_path(given["resume"], given.get("out", "."))
+        saved = vars(make_parser().parse_args(as_flags(checkpoint["args"])))
+        saved |= {"data": checkpoint["data"], "out": str(path.parent)}
+        refuse_contradictions(given, saved)
+        given = given | saved | {name: given[name] for name in CHANGEABLE if name in given}
+    settings = DEFAULTS | given
+    recipe, embedded = RECIPES[settings["recipe"]], settings["data"] is None
+    weights = settings.get("weights", "none" if embedded else "imagenet")
+    decided = {"size": 32 if embedded else 224, "weights": weights,
+               "lr": recipe["scratch_lr" if weights == "none" else "lr"]}
+    args = argparse.Namespace(**decided | {name: recipe[name] for name in RECIPE_FLAGS} | settings)
+    if args.alpha == 1 and not args.distillation:
+        raise UserError("--no-distillation with --alpha 1 leaves nothing to train on: use a "
+                        "smaller --alpha")
+    if not (args.hint or args.labels or args.soft):
+        raise UserError("--hint, --labels and --soft are all 0: use --no-distillation to train on "
+                        "the cross-entropy alone")
     return args, checkpoint
 
 
@@ -1065,36 +1157,25 @@ def as_flags(settings: dict) -> list[str]:
     """Settings as flags, so that what a file says is checked like what a user types."""
     flags = []
     for name, value in settings.items():
-        name = name.replace("_", "-")
+        flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
         elif value is not None:
-            flags.append(f"--{name}={value}")
+            flags.append(f"{flag}={value}")
     return flags
 
 
-def apply_defaults(args: argparse.Namespace) -> None:
-    """Fill in what no flag has set, from the recipe and the data."""
-    recipe = RECIPES[args.recipe]
-    embedded = args.data is None
-    args.weights = args.weights or ("none" if embedded else "imagenet")
-    defaults = {"size": 32 if embedded else 224, "alpha": recipe["alpha"],
-                "batch_size": recipe["batch_size"],
-                "lr": recipe["scratch_lr" if args.weights == "none" else "lr"]}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def resumed_path(resume: str, out: str) -> Path:
+    return Path(out, "last.pt") if resume in ("", "auto") else Path(resume)
 
 
-def resumed_path(args: argparse.Namespace) -> Path:
-    return Path(args.out, "last.pt") if args.resume in ("", "auto") else Path(args.resume)
-
-
-def read_resumed(args: argparse.Namespace) -> dict | None:
+def read_resumed(given: dict) -> dict | None:
     """The checkpoint that --resume names; None if it is "auto" and there is none yet."""
-    path = resumed_path(args)
-    if args.resume == "auto" and not path.exists():
-        if not args.compare:  # which has just said what it begins
+    path = resumed_path(given["resume"], given.get("out", "."))
+    if given["resume"] == "auto" and not path.exists():
+        if "compare" not in given:  # which has just said what it begins
             print(f"no {path} yet: starting anew")
         return None
     checkpoint = read_checkpoint(path)
@@ -1104,208 +1185,31 @@ def read_resumed(args: argparse.Namespace) -> dict | None:
     return checkpoint
 
 
-def refuse_contradictions(args: argparse.Namespace, before: argparse.Namespace) -> None:
+def refuse_contradictions(given: dict, saved: dict) -> None:
     """Where a run may not change between its parts."""
-    if args.precision == "auto":
-        args.precision = before.precision
-    for name in ("recipe", "batch_size", "lr", "alpha", "distillation", "arch", "student_layer",
-                 "teacher_layer", "size", "weights", "seed", "precision"):
-        if getattr(args, name) != getattr(before, name):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run "
-                            f"to resume, which has {getattr(before, name)}")
-    one_cycle = RECIPES[args.recipe]["one_cycle"]
-    if args.epochs < before.epochs or (args.epochs > before.epochs and one_cycle):
+    for name in given.keys() - set(CHANGEABLE):
+        if given[name] != saved.get(name) and (name, given[name]) != ("precision", "auto"):
+            raise UserError(f"--{name.replace('_', '-')} {given[name]} contradicts the run to "
+                            f"resume, which has {saved.get(name)}")
+    epochs, before = given.get("epochs", saved["epochs"]), saved["epochs"]
+    one_cycle = RECIPES[saved["recipe"]]["one_cycle"]
+    if epochs < before or epochs > before and one_cycle:
         reason = "its learning rate ends there" if one_cycle else "they can only be raised"
-        raise UserError(f"--epochs {args.epochs} contradicts the run to resume, which has "
-                        f"{before.epochs}: {reason}; for a new run from what it has learned, give "
-                        "--weights best.pt")
-    if args.epochs > before.epochs:
-        print(f"epochs     {args.epochs} instead of {before.epochs}, at the same learning rate")
-
-
-def make_out(out: Path, names: tuple[str, ...], resumed: bool) -> None:
-    """Make the folder --out; what an earlier run left there is kept under other names."""
-    make_folder(out)
-    earlier = [out / name for name in names if (out / name).exists()]
-    if resumed or not earlier:
-        return
-    suffix = next(k for k in itertools.count(1)
-                  if not any(path.with_suffix(f".{k}{path.suffix}").exists() for path in earlier))
-    try:
-        kept = [path.rename(path.with_suffix(f".{suffix}{path.suffix}")) for path in earlier]
-    except OSError as error:
-        raise UserError(f"cannot rename the earlier {listed(earlier)}: {error.strerror}") from None
-    print(f"kept the earlier {listed(earlier)} as {listed(kept)}")
-
-
-def make_run(args: argparse.Namespace, device: torch.device, data: Data, resumed: bool) -> Run:
-    """A run at its start; one to be resumed needs no initial weights."""
-    torch.manual_seed(args.seed)
-    weights = "none" if resumed else args.weights
-    model = make_model(args, len(data.classes), weights, device)
-    criterion = make_criterion(args, model, len(data.classes))
-    optimizer = make_optimizer(args, model, criterion)
-    steps = args.epochs * len(data.train_loader)
-    scheduler = make_scheduler(optimizer, RECIPES[args.recipe]["one_cycle"], steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    classifier = model.model.get_submodule(find_classifier(model.model))
-    fine_tuned = (RECIPES[args.recipe]["fine_tune"] and args.weights != "none"
-                  and isinstance(classifier, nn.Linear))
-    return Run(model, criterion, optimizer, scheduler, scaler,
-               decay=INITIAL_SHARE ** (1 / steps) if fine_tuned else None)
-
-
-def restore(run: Run, checkpoint: dict, data: Data, args: argparse.Namespace) -> None:
-    """Put a run where a checkpoint has left it, provided that its data are still the same."""
-    try:
-        changeable = [("its classes are", data.classes, checkpoint["classes"])]
-        changeable += [(f"{split}/ has", now, checkpoint["run"]["data"][split])
-                       for split, now in data.fingerprints.items()]
-        for what, now, then in changeable:
-            if now != then:
-                raise UserError(f"{args.data} has changed since the run began: {what} {now} now, "
-                                f"{then} then")
-        run.load_state_dict(checkpoint["run"])
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"the checkpoint cannot be resumed, as it is damaged or of another version "
-                        f"({error!r})") from None
-
-
-def forget_lost_best(run: Run, out: Path) -> None:
-    """A best epoch without its best.pt no longer counts."""
-    best = run.best["epoch"]
-    if best >= 0 and not (out / "best.pt").exists() and (run.epoch, run.batch) != (best, 0):
-        print(f"there is no best.pt of epoch {best} in {out}: the best is counted from here")
-        run.best = dict(NONE_YET)
-
-
-def fine_tune(arguments: list[str]) -> int:
-    """Train as the command line asks; returns the exit code."""
-    started = time.perf_counter()
-    args, checkpoint = parse_args(arguments)
-    device = choose_device(args.device)
-    refuse_shared_gpu(device)
-    args.precision = from_first(choose_precision, args.precision, device)
-    data = make_data(args, device)
-    run = make_run(args, device, data, resumed=checkpoint is not None)
-    out, in_place = Path(args.out), False
-    if checkpoint:
-        restore(run, checkpoint, data, args)
-        in_place = resumed_path(args).resolve() == (out / "last.pt").resolve()
-    if rank() == 0:
-        make_out(out, ("best.pt", "last.pt", "log.jsonl", "report.html"), resumed=in_place)
-    forget_lost_best(run, out)
-
-    print(f"data       {args.data}: {len(data.train_set)} train and {len(data.val_set)} val "
-          f"images, {len(data.classes)} classes")
-    print(f"network    {args.arch}, weights: {args.weights}, student {args.student_layer}, "
-          f"teacher {args.teacher_layer}")
-    print(f"machine    {device}, {args.precision}, {data.train_loader.num_workers} workers"
-          + (f" for each of {world_size()} processes" if dist.is_initialized() else ""))
-    print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr {args.lr:g}, "
-          f"alpha {args.alpha:g}{'' if args.distillation else ' (no distillation)'}, "
-          f"seed {args.seed}", flush=True)
-    if checkpoint:
-        print(f"resumed    after {run.epoch} epochs and {run.batch} batches of the next")
-    with Checkpointer(run, args, data) as checkpointer:
-        try:
-            checkpointer.save()
-            if run.average and (run.best, run.epoch, run.batch) == (NONE_YET, 0, 0):
-                begin(run, data, args, checkpointer)
-            train(run, data, args, checkpointer)
-        except Stopped as stopped:
-            rewrite_line()
-            checkpointer.save()
-            launcher = "torchrun ..." if dist.is_initialized() else "python"
-            again = ("the same command and --resume" if args.compare else
-                     f"{launcher} {shlex.quote(sys.argv[0])} --resume "
-                     f"{shlex.quote(str(out / 'last.pt'))}")
-            print(f"stopped in epoch {run.epoch + 1} after batch {run.batch}; go on with: {again}",
-                  flush=True)
-            return 128 + stopped.args[0]
-    print(f"best val accuracy {run.best['val_acc']:.4f} in epoch {run.best['epoch']} (on "
-          f"{len(data.val_set)} val images; ties go to the earlier epoch), "
-          f"{duration(time.perf_counter() - started)}")
-    print(f"python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
-          f"{shlex.quote(str(out / 'best.pt'))}")
-    stop = max(gather([checkpointer.stop]))  # by a signal that came too late for this run
-    return 128 + stop if stop and args.compare else 0
-
-
-def compare(args: argparse.Namespace, arguments: list[str]) -> int:
-    """Train pairs of runs as the command line asks, and tell what distillation gains."""
-    if args.resume not in (None, "", "auto") or not args.distillation or args.alpha == 0:
-        raise UserError("--compare trains with distillation and without, in the folder compare in "
-                        "--out: it takes no --no-distillation, no --alpha 0 and no FILE to resume")
-    out = Path(args.out)
-    if rank() == 0:
-        make_out(out, ("compare", "compare.json"), resumed=args.resume is not None)
-    pairs, precision = [], args.precision
-    for seed in range(args.seed, args.seed + args.compare):
-        pair = {"seed": seed}
-        for arm, flag in (("distillation", "--distillation"), ("control", "--no-distillation")):
-            print(f"\nrun {2 * len(pairs) + len(pair)} of {2 * args.compare}: {arm}, seed {seed}")
-            folder = out / "compare" / f"{seed}-{arm}"
-            code = fine_tune([*arguments, flag, f"--seed={seed}", f"--out={folder}",
-                              f"--precision={precision}", "--resume=auto"])
-            if code:
-                return code
-            pair[arm], precision = from_first(outcome, folder)  # the same one for all runs
-        pairs.append(pair | {"difference": pair["distillation"] - pair["control"]})
-        if rank() == 0 and len(pairs) > 1:
-            figures = gain(pairs)
-            write_json(out / "compare.json", figures)
-    if rank() == 0:
-        print_gain(figures)
-    return 0
-
-
-def outcome(out: Path) -> tuple[float, str]:
-    """The val accuracy of a run's last epoch, and the run's precision."""
-    checkpoint = load_tensors(out / "last.pt")
-    return checkpoint["val_acc"], checkpoint["args"]["precision"]
-
-
-def gain(pairs: list[dict]) -> dict:
-    """The figures of paired runs: mean, deviation, and the 95 % t-interval of the difference."""
-    figures = {"pairs": pairs}
-    for name in ("distillation", "control", "difference"):
-        values = [pair[name] for pair in pairs]
-        figures[name] = {"mean": statistics.mean(values), "deviation": statistics.stdev(values)}
-    mean, deviation = figures["difference"].values()
-    half = t_quantile(len(pairs) - 1) * deviation / math.sqrt(len(pairs))
-    figures["difference"]["interval"] = [mean - half, mean + half]
-    return figures
-
-
-def t_quantile(freedom: int) -> float:
-    """The 0.975 quantile of Student's t distribution, to 0.001."""
-    t = torch.linspace(0, 13, 130_001, dtype=torch.float64)
-    density = torch.distributions.StudentT(freedom).log_prob(t).exp()
-    above_0 = torch.cumulative_trapezoid(density, t)
-    return t[torch.searchsorted(above_0, 0.475)].item()
-
-
-def print_gain(figures: dict) -> None:
-    print("\nval accuracy after the last epoch\n     seed  distillation  control  difference")
-    for pair in figures["pairs"]:
-        print("{seed:9}  {distillation:12.4f}  {control:7.4f}  {difference:+10.4f}".format(**pair))
-    for name in ("mean", "deviation"):
-        row = [figures[column][name] for column in ("distillation", "control", "difference")]
-        print("{:9}  {:12.4f}  {:7.4f}  {:+10.4f}".format(name, *row))
-    low, high = figures["difference"]["interval"]
-    verdict = ("distillation helps" if low > 0 else "distillation hurts" if high < 0 else
-               "whether distillation helps or hurts cannot be told")
-    print(f"{verdict}, with {len(figures['pairs'])} pairs: 95 % interval of the difference "
-          f"{low:+.4f} to {high:+.4f}")
+        raise UserError(f"--epochs {epochs} contradicts the run to resume, which has {before}: "
+                        f"{reason}; for a new run from what it has learned, give --weights best.pt")
+    if epochs > before:
+        print(f"epochs     {epochs} instead of {before}, at the same learning rate")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
     with process_group():
-        args = make_parser().parse_args(arguments)
-        code = (from_first(check, args) if args.check else
-                compare(args, arguments) if args.compare else fine_tune(arguments))
+        given = vars(make_parser().parse_args(arguments))
+        if "check" in given:
+            code = on_rank_zero(check, settle(given)[0])
+        elif "compare" in given:
+            code = compare(given)
+        else:
+            code = fine_tune(*settle(given))
     if code:
         sys.exit(code)
 
