@@ -778,8 +778,8 @@ def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
                             == (out / "last.pt").resolve()):
         keep_earlier(out, ("best.pt", "last.pt", "log.jsonl", "report.html"))
 
-    print(f"data       {train_set.root}: {len(train_set)} train and {len(val_set)} val images, "
-          f"{len(train_set.classes)} classes")
+    print(f"data       {Path(train_set.root).parent}: {len(train_set)} train and {len(val_set)} "
+          f"val images, {len(train_set.classes)} classes")
     print(f"network    {args.arch}, weights: {args.weights}, student "
           f"{', '.join(trainer.hooked.student_layers)}, teacher {trainer.hooked.teacher_layer}")
     print(f"machine    {machine.device}, {machine.precision}, {machine.workers} workers"
