@@ -366,14 +366,15 @@ class Machine:
 
 
 def leave_signals_to_main(worker: int) -> None:
-    """Ignore, in a loader's worker, what asks all processes to stop: the main one needs it yet."""
+    """Let a loader's worker outlive signals to all processes: the main one still needs it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # to end by, in seconds
 
 
 @atexit.register
 def kill_workers() -> None:
-    """Kill loaders' workers, which ignore the SIGTERM that multiprocessing sends at exit."""
+    """Kill loaders' workers that are left at exit, instead of waiting until they end."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
     for worker in multiprocessing.active_children():

@@ -10,8 +10,7 @@ log.jsonl (a line an epoch). Without --data it trains on a small data set that i
 """
 # First of all, as it checks that torch and torchvision fit together.
 from evaluate import (SIZES, ImageFolder, Machine, Parser, Predictions, Progress, UserError,
-                      build_exits, find_splits, read_checkpoint, report_html, run_script, shorten,
-                      write_file)
+                      find_splits, read_checkpoint, report_html, run_script, shorten, write_file)
 
 import argparse
 import contextlib
@@ -48,6 +47,7 @@ from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import datasets
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss, as_tuple,
                          find_classifier, hooked_classifier, load_tensors, train_transform,
@@ -637,7 +637,7 @@ class Trainer:
             self.criterion(logits, logits.argmax(dim=1), students, teacher)
             has_exits = self.distills and self.criterion.classifiers
             self.exit_layers = self.hooked.student_layers if has_exits else ()
-            build_exits(self.model, self.exits())
+            create_feature_extractor(self.model, list(self.exit_layers))  # as an early exit does
         except (ValueError, RuntimeError, AssertionError) as error:
             raise UserError(f"{args.arch} cannot be trained at --size {args.size} by --recipe "
                             f"{args.recipe}: {textwrap.shorten(str(error), 200)}") from None
