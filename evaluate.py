@@ -424,23 +424,12 @@ class Predictions(NamedTuple):
                 "most_confused": [{"label": classes[label], "prediction": classes[prediction],
                                    "count": times}
                                   for (label, prediction), times in mistakes.most_common(5)],
-                "calibration_error": calibration_error(self),
                 "images_per_second": count / self.seconds}
 
 
 def best_classes(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities and positions of up to five classes, best first: (N, min(5, K)) each."""
     return logits.softmax(dim=1).topk(min(5, logits.shape[1]))
-
-
-def calibration_error(predictions: Predictions, bins: int = 15) -> float:
-    """Mean distance of accuracy from confidence, over bins of confidence.
-
-    Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599, equation 5.
-    """
-    positions = (predictions.confidences * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.bincount(positions, predictions.correct.double() - predictions.confidences, bins)
-    return gaps.abs().sum().item() / len(positions)
 
 
 def wilson_interval(rights: int, count: int, z: float = 1.959964) -> list[float]:
@@ -614,8 +603,7 @@ def describe(summary: dict) -> list[str]:
     top5 = "" if summary["top5"] is None else f"  top-5 {summary['top5']:.4f}"
     lines = [f"top-1 {summary['top1']:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}  "
              f"loss {summary['loss']:.4f}  {summary['count']} images  "
-             f"{summary['images_per_second']:.1f} images/s",
-             f"expected calibration error {summary['calibration_error']:.4f}"]
+             f"{summary['images_per_second']:.1f} images/s"]
     pairs = ["{label} taken for {prediction} {count}".format(**pair)
              for pair in summary["most_confused"]]
     return lines + ([f"most confused: {'; '.join(pairs)}"] if pairs else [])

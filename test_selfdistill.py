@@ -689,9 +689,7 @@ class CheckTest(TestCase):
         Image.new("L", (30, 50)).save(self.folder / "train" / "star" / "grey.png")
         self.assertEqual(self.check(), (0, [
             "train/ 7 images, 3 classes, of 2 (square) to 3 (star) images",
-            "       30 x 40 to 40 x 50 pixels, median 40 x 40; RGB 6, L 1",
             "val/   3 images, 3 classes, of 1 (star) to 1 (circle) images",
-            "       40 x 40 to 40 x 40 pixels, median 40 x 40; RGB 3",
             "problems found: none"]))
 
     def test_each_fault_is_told_with_its_files(self) -> None:
@@ -705,7 +703,7 @@ class CheckTest(TestCase):
         (path["train"] / "circle" / "photo.heic").write_bytes(b"")
         (path["train"] / "empty").mkdir()
         code, lines = self.check()
-        self.assertEqual((code, lines[4:]), (1, [
+        self.assertEqual((code, lines[2:]), (1, [
             "note: 1 files in train/ that are ignored, by their suffix no images",
             "  train/circle/photo.heic",
             "note: 1 images twice or more in the same class of the same split",
@@ -1310,6 +1308,7 @@ class ResumeTest(ImagesTestCase):
                 time.sleep(0.05)
                 state = self.last()["run"]
                 positions |= {(state["epoch"], state["batch"])} if state["batch"] else set()
+                self.assertTrue(process.is_alive(), process.printed())
             os.killpg(process.pid, number)  # the loader's workers get it too
             self.assertEqual(process.exit_code(), code, process.printed())
             self.assertRegex(process.printed().splitlines()[-1],
@@ -1400,7 +1399,6 @@ class ResumeTest(ImagesTestCase):
         with signal_in_batch(3 + 2 + 1):
             self.train_until_signal("--seed", 3, "--epochs", 2)
         printed = run(train.main, "--resume", self.out / "last.pt", "--out", self.folder / "other")
-        self.assertIn(f"no best.pt of epoch 1 in {self.folder / 'other'}", printed)
         self.assertEqual(load(self.folder / "other" / "best.pt")["epoch"], 2)
         run(train.main, "--resume", self.out / "last.1.pt")
         seeds = {name: load(self.out / name)["args"]["seed"] for name in os.listdir(self.out)
@@ -1634,10 +1632,6 @@ class EvaluationTest(ImagesTestCase):
         figures = self.ten.summarize(list("abc"))
         interval = torch.tensor(figures.pop("top1_interval"))
         assert_close(interval, torch.tensor([0.3126738, 0.8318197]))  # Wilson, 6 of 10
-        # In fifteenths: 4 of 0.95, right 3; 1 of 0.85, right; 2 of 0.75, right 1; 1 of 0.65, wrong;
-        # 2 of 0.55, right 1.
-        self.assertAlmostEqual(figures.pop("calibration_error"),
-                               (0.8 + 0.15 + 0.5 + 0.65 + 0.1) / 10, places=6)
         self.assertEqual(figures, {
             "top1": 0.6, "top5": None, "loss": 0.5625, "count": 10, "images_per_second": 5.0,
             "per_class": {"a": {"count": 5, "correct": 3}, "b": {"count": 3, "correct": 2},

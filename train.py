@@ -509,6 +509,10 @@ class Trainer:
             print(f"epoch 0/{self.args.epochs}  only the classifier fitted  val acc "
                   f"{self.best_acc:.4f}  {time.perf_counter() - start:.1f} s", flush=True)
 
+    def is_best(self) -> bool:
+        """Whether the epoch just ended is the best so far."""
+        return self.epoch == self.best_epoch and self.batch == 0
+
     def check_finite(self, *tensors: Tensor) -> None:
         if not all(tensor.isfinite().all() for tensor in (self.totals, *tensors)):
             rate = max(group["lr"] for group in self.optimizer.param_groups)
@@ -534,7 +538,7 @@ class Trainer:
                       "data": settings["data"], "args": settings}
         if self.epoch and self.exit_layers:
             checkpoint["exits"] = self.exits()
-        if self.epoch == self.best_epoch and self.batch == 0:
+        if self.is_best():
             write_checkpoint(out / "best.pt", checkpoint)
         write_checkpoint(out / "last.pt", checkpoint | {"run": self.state_dict()})
         lines = "".join(json.dumps(line) + "\n" for line in self.log)
@@ -583,11 +587,8 @@ class Trainer:
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError("the checkpoint cannot be resumed, as it is damaged or of another "
                             f"version ({error!r})") from None
-        is_best = self.epoch == self.best_epoch and self.batch == 0  # then it will be written again
-        if self.best_epoch >= 0 and not is_best and not Path(self.args.out, "best.pt").exists():
-            print(f"there is no best.pt of epoch {self.best_epoch} in {self.args.out}: the best is "
-                  "counted from here")
-            self.best_epoch, self.best_acc = -1, -1.0
+        if not (self.is_best() or Path(self.args.out, "best.pt").exists()):
+            self.best_epoch, self.best_acc = -1, -1.0  # without its file, it counts from here
 
     def write_report(self, predictions: Predictions) -> None:
         """Write the page of the run so far, if it is asked for."""
@@ -917,16 +918,19 @@ def check(args: argparse.Namespace) -> int:
     problems, notes, classes, copies = {}, {}, {}, defaultdict(list)
     for split in ("train", "val"):
         images = ImageFolder(folder / split, transform=None, allow_empty=True)
-        classes[split], examined = set(images.classes), examine(images, split, args.workers)
-        readable = [(path, images.classes[label], *found) for (path, label), found
-                    in zip(images.samples, examined) if isinstance(found, tuple)]
-        print_examined(split, images, readable)
-        for path, name, mode, size, digest in readable:
+        classes[split], found = set(images.classes), examine(images, split, args.workers)
+        counts = Counter(images.classes[label] for label in images.targets).most_common()
+        print(f"{split + '/':7}{len(images)} images, {len(images.classes)} classes"
+              + (f", of {counts[-1][1]} ({counts[-1][0]}) to {counts[0][1]} ({counts[0][0]}) images"
+                 if counts else ""))
+        readable = [(path, images.classes[label], digest) for (path, label), digest
+                    in zip(images.samples, found) if isinstance(digest, bytes)]
+        for path, name, digest in readable:
             copies[digest].append((split, name, path))
         problems[f"classes without readable images in {split}/"] = sorted(
             classes[split] - {name for _, name, *_ in readable})
         (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
-            error for error in examined if isinstance(error, str)]
+            error for error in found if isinstance(error, str)]
         notes[f"files in {split}/ that are ignored, by their suffix no images"] = sorted(
             str(file) for file in Path(images.root).rglob("[!.]*") if file.is_file()
             and file.suffix.lower() not in datasets.folder.IMG_EXTENSIONS)
@@ -952,16 +956,14 @@ def check(args: argparse.Namespace) -> int:
     return int(count > 0)
 
 
-def examine(images: ImageFolder, split: str, workers: int | None) -> list[tuple | str]:
-    """Mode, size in pixels and digest of each image of a folder, or why it cannot be read."""
-    def examine_one(path: str) -> tuple | str:
+def examine(images: ImageFolder, split: str, workers: int | None) -> list[bytes | str]:
+    """A digest of the pixels of each image of a folder, or why it cannot be read."""
+    def examine_one(path: str) -> bytes | str:
         try:
             pixels = images.loader(path)
-            with Image.open(path) as image:
-                digest = hashlib.sha256(repr(image.size).encode() + pixels.numpy().tobytes())
-                return image.mode, image.size, digest.digest()
-        except Exception as error:  # a damaged file can raise nearly anything
+        except UserError as error:
             return str(error)
+        return hashlib.sha256(repr(pixels.shape).encode() + pixels.numpy().tobytes()).digest()
 
     progress, examined = Progress(f"{split} images", len(images)), []
     with ThreadPool(workers or Machine.usable_cores()) as pool:
@@ -970,19 +972,6 @@ def examine(images: ImageFolder, split: str, workers: int | None) -> list[tuple 
             progress.advance(1)
     progress.rewrite()
     return examined
-
-
-def print_examined(split: str, images: ImageFolder, readable: list[tuple]) -> None:
-    counts = Counter(images.targets).most_common()
-    print(f"{split + '/':7}{len(images)} images, {len(images.classes)} classes" + (
-        f", of {counts[-1][1]} ({images.classes[counts[-1][0]]}) to {counts[0][1]} "
-        f"({images.classes[counts[0][0]]}) images" if counts else ""))
-    if readable:
-        _, _, modes, sizes, _ = zip(*readable)
-        least, median, most = ("{} x {}".format(*map(function, zip(*sizes)))
-                               for function in (min, statistics.median_low, max))
-        print(f"       {least} to {most} pixels, median {median}; "
-              + ", ".join(f"{mode} {times}" for mode, times in Counter(modes).most_common()))
 
 
 # The embedded data set
