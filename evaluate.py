@@ -692,7 +692,7 @@ def heat_map(matrix: Tensor, classes: list[str], most: int = 30) -> str:
     totals = matrix[chosen].sum(dim=1).clamp(min=1).tolist()
     rows = []
     for name, counts, total in zip(names, matrix[chosen][:, chosen].tolist(), totals):
-        cells = [f'<td style="--share: {100 * (count / total) ** 0.5:.0f}%'
+        cells = [f'<td style="--share: {70 * (count / total) ** 0.5:.0f}%'
                  f'{"; --color: var(--c0)" if name == other else ""}" title="{count} of {total}: '
                  f'{name} taken for {other}">{count or ""}' for other, count in zip(names, counts)]
         rows.append(f'<tr><th title="{name}">{name}{"".join(cells)}')

@@ -1725,9 +1725,9 @@ class EvaluationTest(ImagesTestCase):
         html = evaluate.heat_map(matrix, [f"class{k}" for k in range(40)])
         cells = re.findall(r'<td style="--share: (\d+)%.*? title="([^"]*)">(\d*)', html)
         self.assertEqual(len(cells), 30 * 30)
-        for cell in (("89", "40 of 50: class3 taken for class7", "40"),  # the root of 0.8
-                     ("45", "10 of 50: class3 taken for class3", "10"),
-                     ("100", "42 of 42: class7 taken for class7", "42"),
+        for cell in (("63", "40 of 50: class3 taken for class7", "40"),  # 70 times the root of 0.8
+                     ("31", "10 of 50: class3 taken for class3", "10"),
+                     ("70", "42 of 42: class7 taken for class7", "42"),
                      ("0", "0 of 50: class3 taken for class0", "")):
             self.assertIn(cell, cells)
         self.assertNotIn("class39", html)
