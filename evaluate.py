@@ -341,10 +341,13 @@ class Machine:
                               enabled=self.precision != "fp32")
 
     def loader(self, dataset: Dataset, **batching) -> DataLoader:
-        # The loader's own generator keeps it from drawing on the global random state.
+        # Forked, as a fork server (Python 3.14's default) would not outlive a signal to all. The
+        # loader's own generator keeps it from drawing on the global random state.
+        context = "fork" if self.workers and sys.platform == "linux" else None
         return DataLoader(dataset, num_workers=self.workers, persistent_workers=self.workers > 0,
-                          pin_memory=self.on_cuda, generator=torch.Generator(),
-                          worker_init_fn=leave_signals_to_main, **batching)
+                          multiprocessing_context=context, pin_memory=self.on_cuda,
+                          generator=torch.Generator(), worker_init_fn=leave_signals_to_main,
+                          **batching)
 
     def move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=self.on_cuda)
