@@ -300,10 +300,11 @@ class Distiller(nn.Module):
             logits, students, teacher = self.model(images)
         logits, teacher = logits.float(), teacher.float()
         students = [features.float() for features in as_tuple(students)]
-        terms = self.criterion.terms(logits, labels, students, teacher)
+        early = self.criterion.early_logits(students)
+        terms = self.criterion.terms(logits, labels, students, teacher, early)
         if not self.distill:
             return logits, {"cross_entropy": terms["cross_entropy"]}, []
-        return logits, terms, self.criterion.early_logits(students)
+        return logits, terms, early
 
 
 class Trainer:
@@ -323,6 +324,7 @@ class Trainer:
                  val_set: ImageFolder, resumed: bool = False) -> None:
         self.args, self.machine, self.recipe = args, machine, RECIPES[args.recipe]
         self.train_set, self.val_set, self.classes = train_set, val_set, train_set.classes
+        self.fingerprints = {"train": fingerprint(train_set), "val": fingerprint(val_set)}
         self.make_loaders()
         torch.manual_seed(args.seed)
         self.make_network("none" if resumed else args.weights)
@@ -547,7 +549,7 @@ class Trainer:
     def state_dict(self) -> dict:
         return ({name: part.state_dict() for name, part in self.parts().items()}
                 | {name: getattr(self, name) for name in self.COUNTERS}
-                | {"data": self.fingerprints()})
+                | {"data": self.fingerprints})
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in self.parts().items():
@@ -570,15 +572,12 @@ class Trainer:
         return {layer: classifier.state_dict() for layer, classifier
                 in zip(self.exit_layers, self.criterion.classifiers)}
 
-    def fingerprints(self) -> dict[str, str]:
-        return {"train": fingerprint(self.train_set), "val": fingerprint(self.val_set)}
-
     def restore(self, checkpoint: dict) -> None:
         """Go on from a last.pt, provided that the data are still the same."""
         try:
             compared = [("its classes are", self.classes, checkpoint["classes"])]
             compared += [(f"{split}/ has", now, checkpoint["run"]["data"][split])
-                         for split, now in self.fingerprints().items()]
+                         for split, now in self.fingerprints.items()]
             for what, now, then in compared:
                 if now != then:
                     raise UserError(f"{Path(self.train_set.root).parent} has changed since the run "
@@ -638,7 +637,8 @@ class Trainer:
             self.criterion(logits, logits.argmax(dim=1), students, teacher)
             has_exits = self.distills and self.criterion.classifiers
             self.exit_layers = self.hooked.student_layers if has_exits else ()
-            create_feature_extractor(self.model, list(self.exit_layers))  # as an early exit does
+            if has_exits:
+                create_feature_extractor(self.model, list(self.exit_layers))  # as EarlyExit does
         except (ValueError, RuntimeError, AssertionError) as error:
             raise UserError(f"{args.arch} cannot be trained at --size {args.size} by --recipe "
                             f"{args.recipe}: {textwrap.shorten(str(error), 200)}") from None
@@ -928,7 +928,7 @@ def check(args: argparse.Namespace) -> int:
         for path, name, digest in readable:
             copies[digest].append((split, name, path))
         problems[f"classes without readable images in {split}/"] = sorted(
-            classes[split] - {name for _, name, *_ in readable})
+            classes[split] - {name for _, name, _ in readable})
         (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
             error for error in found if isinstance(error, str)]
         notes[f"files in {split}/ that are ignored, by their suffix no images"] = sorted(
