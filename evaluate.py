@@ -359,13 +359,12 @@ class Machine:
     @torch.inference_mode()
     def outputs(self, model: nn.Module,
                 batches: Iterable[tuple[Tensor, object]]) -> Iterator[tuple[Tensor, object]]:
-        """Yield fp32 logits (N, K) and the rest of each batch."""
-        # A copy, with batch norms folded into the convolutions before them.
-        model = fuse(model.eval()).to(self.device, memory_format=torch.channels_last)
+        """Yield fp32 outputs of a network in eval mode, and the rest of each batch."""
+        model.eval().to(self.device, memory_format=torch.channels_last)
         for images, others in batches:
             with self.autocast():
-                logits = model(self.prepare(images))
-            yield logits.float(), others
+                outputs = model(self.prepare(images))
+            yield outputs.float(), others
 
 
 def leave_signals_to_main(worker: int) -> None:
@@ -796,7 +795,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
 def predict(model: nn.Module, loader: DataLoader, machine: Machine) -> Predictions:
     """What a network says of a loader's images."""
     progress, parts = Progress("images", len(loader.dataset)), []
-    for logits, labels in machine.outputs(model, loader):
+    for logits, labels in machine.outputs(fuse(model), loader):
         parts.append(Predictions.columns(logits, labels))
         progress.advance(len(labels))
     progress.rewrite()
@@ -869,7 +868,7 @@ def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) 
     loader = machine.loader(pictures,
                             batch_size=args.batch_size or checkpoint["args"]["batch_size"])
     progress, results = Progress("images", len(pictures)), []
-    for logits, errors in machine.outputs(model, loader):
+    for logits, errors in machine.outputs(fuse(model), loader):
         progress.rewrite()
         for error, *row in zip(errors, *(column.tolist() for column in best_classes(logits))):
             path = pictures.paths[len(results)]

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.testing import assert_close
 from torchvision import datasets, models, transforms
 from torchvision.models import resnet18
@@ -799,16 +800,18 @@ class OptimizerTest(unittest.TestCase):
                              for parameter in trainer.criterion.parameters()))
 
     def test_fine_tuning_results_in_a_moving_average_of_the_weights(self) -> None:
-        # A quarter of the first weights is to be left after two steps: half, at each of them.
+        # A quarter of the first weights is to be left after two steps, a half at each of them, had
+        # they all val images right.
         arch, weights = "mobilenet_v3_small", self.folder / "weights.pth"
         torch.save(models.get_model(arch, num_classes=3).state_dict(), weights)
         trainer = self.make(arch=arch, weights=str(weights), epochs=2)
-        run(lambda _: trainer.fit_classifier())
-        states = [copy.deepcopy(trainer.model.state_dict())]
+        run(lambda _: trainer.fit_classifiers())
+        states = [copy.deepcopy(trainer.distiller.state_dict())]
         assert_close(trainer.result.state_dict(), states[0])
+        trainer.start_acc = 1.0
         for _ in range(2):
             trainer.step(self.images, self.labels)
-            states.append(copy.deepcopy(trainer.model.state_dict()))
+            states.append(copy.deepcopy(trainer.distiller.state_dict()))
         for name, value in trainer.result.state_dict().items():
             start, first, second = (state[name] for state in states)
             assert_close(value, 0.25 * start + 0.25 * first + 0.5 * second
@@ -907,15 +910,14 @@ def signal_in_batch(number: int) -> Iterator[mock.Mock]:
 
 
 class TrainingTest(ImagesTestCase):
-    """Runs of the real script; what most of them look at is trained once, in two student layers."""
+    """Runs of the real script; what most of them look at is trained once."""
     LAYERS = ("layer2.1", "layer3.1")
 
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
         cls.trained = cls.shared / "trained"
-        cls.printed = run_training(cls.data, cls.trained, *RESNET18, "--epochs", 2, "--hint", 1,
-                                   "--student-layer", *cls.LAYERS)
+        cls.printed = run_training(cls.data, cls.trained, *RESNET18, "--epochs", 2)
         cls.best, cls.log = load(cls.trained / "best.pt"), read_log(cls.trained)
 
     def test_the_checkpoint_holds_what_the_design_says(self) -> None:
@@ -946,11 +948,13 @@ class TrainingTest(ImagesTestCase):
             self.assertEqual(line["exit_train_acc"].keys(), set(self.LAYERS))
 
     def test_a_line_an_epoch_is_printed_and_on_a_terminal_one_that_is_rewritten(self) -> None:
-        lines = self.printed.splitlines()
+        lines = [line for line in self.printed.splitlines() if not line.startswith("note: ")]
         self.assertEqual([line.split()[0] for line in lines], ["data", "network", "machine",
                          "recipe", "epoch", "epoch", "best", "python"])
         self.assertIn("18 train and 9 val images, 3 classes", lines[0])
         self.assertIn("student layer2.1, layer3.1, teacher layer4.1", lines[1])
+        self.assertRegex(lines[4], r"epoch 1/2  loss \d\.\d+  train acc \d\.\d+, early \d\.\d+ "
+                                   r"\d\.\d+, cosine \d\.\d+  val acc \d\.\d+  ")
         self.assertNotIn("\r", self.printed)
         with contextlib.redirect_stdout(io.StringIO()) as output:
             output.isatty = lambda: True
@@ -970,22 +974,27 @@ class TrainingTest(ImagesTestCase):
     def test_only_what_has_a_weight_is_trained_logged_and_saved(self) -> None:
         def noted(trainer: train.Trainer) -> int:
             initial.update(copy.deepcopy(trainer.criterion.state_dict()))
+            criteria.append(trainer.criterion)
             return fit(trainer)
 
         fit, classifier = train.Trainer.fit, {"classifiers.0.bias", "classifiers.0.weight"}
+        adapter = {"adapter.bias", "adapter.weight"}
         for flags, trained, terms, missing in (
-                (("--hint", 1, "--labels", 0), {"adapter.bias", "adapter.weight"}, ["hint"], []),
+                ((), classifier | adapter, ["hint", "labels"], []),
+                (("--labels", 0), adapter, ["hint"], []),
                 (("--recipe", "byot"), classifier, ["labels", "soft"], []),
                 (("--recipe", "blog"), set(), ["hint"], []),
                 (("--no-distillation",), set(), [], ["distillation_loss"]),
                 (("--alpha", 0), set(), [], ["distillation_loss"]),
-                (("--alpha", 1), classifier, ["labels"], ["ce_loss"])):
+                (("--alpha", 1, "--hint", 0), classifier, ["labels"], ["ce_loss"])):
             with self.subTest(flags), mock.patch.object(train.Trainer, "fit", noted):
-                initial, exits = {}, {"features.2"} if trained == classifier else set()
+                initial, criteria = {}, []
+                exits = {"features.2"} if classifier <= trained else set()
                 self.train(*flags, "--student-layer", "features.2")
                 last, (line,) = self.last(), read_log(self.out)
-                self.assertEqual(trained, {name for name, value in last["run"]["criterion"].items()
-                                           if not torch.equal(value, initial[name])})
+                self.assertEqual(trained, {
+                    name for name, value in criteria[0].state_dict().items()
+                    if not torch.equal(value, initial[name])})
                 self.assertEqual(list(line["terms"]), ["cross_entropy", *terms])
                 self.assertEqual([name for name in line if line[name] is None], missing)
                 self.assertEqual(line["exit_train_acc"].keys(), exits)
@@ -996,10 +1005,10 @@ class TrainingTest(ImagesTestCase):
         for out, flags in runs.items():
             self.train(*flags, out=out)
         first, again, other = (self.last(out)["run"] for out in runs)
-        for part in ("model", "criterion"):
-            assert_close(again[part], first[part], rtol=0, atol=0)
-            self.assertFalse(all(torch.equal(other[part][name], value)
-                                 for name, value in first[part].items()))
+        assert_close(again["distiller"], first["distiller"], rtol=0, atol=0)
+        for part in ("hooked", "criterion"):
+            self.assertFalse(all(torch.equal(other["distiller"][name], value) for name, value
+                                 in first["distiller"].items() if name.startswith(part)))
 
     def test_the_best_epoch_is_the_earlier_of_two_alike(self) -> None:
         def predictions(right: int) -> evaluate.Predictions:  # of two images
@@ -1017,7 +1026,7 @@ class TrainingTest(ImagesTestCase):
             self.assertEqual(load(self.out / "best.pt")["epoch"], int(expected[-1]))
             self.assertEqual([2 * line["val_acc"] for line in read_log(self.out)], list(rights))
 
-    def test_training_begins_with_a_classifier_fitted_to_the_features(self) -> None:
+    def test_training_begins_with_what_is_fitted_to_the_features(self) -> None:
         for split in ("train", "val"):
             shutil.copytree(self.data / "train", self.folder / "images" / split)
         torch.manual_seed(0)
@@ -1025,15 +1034,27 @@ class TrainingTest(ImagesTestCase):
         torch.save(weights, self.folder / "weights.pth")
         printed = self.train(*RESNET18, "--data", self.folder / "images", "--size", 64,
                              "--lr", 1e-9, "--weights", self.folder / "weights.pth")
-        self.assertIn("epoch 0/1  only the classifier fitted  val acc ", printed)
-        best = load(self.out / "best.pt")
-        self.assertEqual(best["epoch"], 0)
-        self.assertNotIn("exits", best)  # not trained yet
-        self.assertGreaterEqual(best["val_acc"], 0.9)  # on the very images it was fitted to
-        self.assertEqual(self.evaluate(self.out / "best.pt")[0]["top1"], best["val_acc"])
+        self.assertRegex(printed, "epoch 0/1  only the classifiers fitted  val acc .* lr 1e-09\n")
+        self.assertIn("note: training gained nothing over the classifier fitted to", printed)
+        best, (line,) = load(self.out / "best.pt"), read_log(self.out)
+        self.assertEqual((best["epoch"], line["epoch"]), (0, 1))
         for name in weights.keys() - {"fc.weight", "fc.bias"}:
             assert_close(best["model"][name], weights[name], rtol=0, atol=0)
-        self.assertEqual([line["epoch"] for line in read_log(self.out)], [1])
+        figures, _ = self.evaluate(self.out / "best.pt")  # on the very images all was fitted to
+        self.assertEqual(figures["top1"], best["val_acc"])
+        for accuracy in (best["val_acc"], *(figures["exits"][layer]["top1"]
+                                            for layer in self.LAYERS)):
+            self.assertGreaterEqual(accuracy, 0.8)
+        self.assertLess(line["terms"]["hint"], 1.2)  # about 2 from random adapters
+
+    def test_by_default_the_error_of_epoch_0_decides_how_far_fine_tuning_goes(self) -> None:
+        torch.save(resnet18(num_classes=3).state_dict(), self.folder / "weights.pth")
+        self.train(*RESNET18, "--weights", self.folder / "weights.pth")
+        run = self.last()["run"]
+        self.assertLess(run["start_acc"], 1.0)
+        for group in run["optimizer"]["param_groups"]:
+            assert_close(group["max_lr"], train.LR_PER_ERROR * (1 - run["start_acc"]))
+            self.assertLess(group["lr"], group["max_lr"])
 
     def test_the_report_is_refreshed_after_each_epoch(self) -> None:
         pages = []
@@ -1344,7 +1365,7 @@ class ResumeTest(ImagesTestCase):
             (("--out", self.out, "--resume", flag, value),
              f"{flag} .*{value}.* contradicts the run to resume, which has .*{saved}")
             for flag, value, saved in (
-                ("--seed", 5, 0), ("--size", 64, 32), ("--batch-size", 4, 8), ("--hint", 2.0, 0.0),
+                ("--seed", 5, 0), ("--size", 64, 32), ("--batch-size", 4, 8), ("--hint", 2.0, 1.0),
                 ("--recipe", "blog", "tuned"), ("--lr", 0.5, 0.01), ("--alpha", 0.5, 0.25),
                 ("--weights", "imagenet", "none"), ("--precision", "bf16", "fp32"),
                 ("--epochs", 2, "1: its learning rate ends there"),
@@ -1381,8 +1402,8 @@ class ResumeTest(ImagesTestCase):
     def test_a_state_that_makes_no_sense_or_is_of_an_older_version_is_refused(self) -> None:
         self.train()
         last, state = self.last(), self.last()["run"]
-        older = {("network" if name == "model" else name): value for name, value in state.items()
-                 if name not in ("best_epoch", "best_acc", "fitted")}
+        older = {("model" if name == "distiller" else name): value for name, value in state.items()
+                 if name not in ("best_epoch", "best_acc", "start_acc")}
         for run_part in (older, state | {"epoch": "one"}, state | {"optimizer": {}},
                          state | {"scheduler": 3}, state | {"data": None},
                          state | {"totals": torch.zeros(9)}):
@@ -1463,8 +1484,7 @@ class ProcessesTest(ImagesTestCase):
 
     def assert_close_runs(self, out: str, expected: str) -> None:
         ours, theirs = self.last(out), self.last(expected)
-        for part in ("model", "criterion"):
-            assert_close(ours["run"][part], theirs["run"][part], rtol=0, atol=1e-9)
+        assert_close(ours["run"]["distiller"], theirs["run"]["distiller"], rtol=0, atol=1e-9)
         assert_close(ours["model"], theirs["model"], rtol=0, atol=1e-9)
         for line, other in zip(*(read_log(self.folder / name) for name in (out, expected)),
                                strict=True):
@@ -1792,7 +1812,8 @@ class EvaluationTest(ImagesTestCase):
         with torch.no_grad():
             expected = model.eval()(inputs)
         with mock.patch.object(nn.BatchNorm2d, "forward", side_effect=AssertionError):
-            (logits, rest), = evaluate.Machine("cpu", "fp32").outputs(model, [(images, "rest")])
+            (logits, rest), = evaluate.Machine("cpu", "fp32").outputs(fuse(model),
+                                                                      [(images, "rest")])
         self.assertEqual(rest, "rest")
         assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         assert_close(model.state_dict(), before)
@@ -1849,7 +1870,7 @@ class BadInputTest(ImagesTestCase):
             (("--device", "cuda:99"), "device 'cuda:99' is not available"),
             (("--device", "no-such"), "device 'no-such' is not available"),
             (("--no-distillation", "--alpha", 1), "use a smaller --alpha"),
-            (("--labels", 0), "--hint, --labels and --soft are all 0"),
+            (("--labels", 0, "--hint", 0), "--hint, --labels and --soft are all 0"),
             (("--recipe", "blog", "--hint", 0), "use --no-distillation"))
         self.assert_errors(evaluate.main, (("best.pt", "--batch-size", 0), "--batch-size"))
 

@@ -41,6 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
@@ -50,7 +51,7 @@ from torchvision import datasets
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss, as_tuple,
-                         find_classifier, hooked_classifier, load_tensors, train_transform,
+                         find_classifier, hooked_classifier, load_tensors, pooled, train_transform,
                          val_transform)
 
 # Settings
@@ -63,14 +64,14 @@ DEFAULTS = dict(
     teacher_layer=None, workers=None, device="auto", precision="auto", compile=False)
 
 # The first six are flags, too. lr is for weights given, scratch_lr for random ones; students: of
-# layers; fine_tune: from weights given, fit the classifier first and average the weights.
+# layers; fine_tune: from weights given, fit the classifiers first and average the weights.
 TUNED = dict(
-    alpha=0.5, hint=0.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, scratch_lr=0.1,
-    students=1, detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True,
+    alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, scratch_lr=0.1,
+    students=2, detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True,
     nesterov=True, weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True)
 RECIPES = {
     "tuned": TUNED,
-    "byot": TUNED | dict(labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
+    "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
     "blog": dict(  # the published walk-through
         alpha=0.5, hint=1.0, labels=0.0, soft=0.0, batch_size=32, lr=0.01, scratch_lr=0.01,
         students=1, detach_teacher=False, normalize=False, train_adapter=False, one_cycle=False,
@@ -82,7 +83,10 @@ RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
 CHANGEABLE = ("data", "out", "resume", "save_every", "compare", "compare_arms", "report", "check",
               "skip_unreadable", "epochs", "workers", "device", "compile")
 NOT_SAVED = ("out", "resume", "compare", "compare_arms", "check")  # in a checkpoint's args
-INITIAL_SHARE = 0.25  # of the weights given in the average of fine-tuned ones, after the last step
+# What the val accuracy of epoch 0 decides in fine-tuning: the peak learning rate, and the share of
+# the weights given in the average after the last step.
+LR_PER_ERROR = 0.03
+INITIAL_SHARE = 0.25
 ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
         "distillation": {}}  # of --compare, by what they change
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
@@ -278,7 +282,7 @@ class Distiller(nn.Module):
     """Hooked network and loss as one module, so that DDP averages the gradients of both.
 
     Args:
-        model: the hooked network.
+        hooked: the hooked network.
         criterion: the loss; it is computed in fp32.
         machine: its precision is the network's.
         distill: False trains on the cross-entropy alone. Default: True
@@ -288,16 +292,16 @@ class Distiller(nn.Module):
         - returns logits (N, K), the terms of the loss, and early logits (N, K), one a layer
     """
 
-    def __init__(self, model: HookedModel, criterion: SelfDistillationLoss, machine: Machine,
+    def __init__(self, hooked: HookedModel, criterion: SelfDistillationLoss, machine: Machine,
                  distill: bool = True) -> None:
         super().__init__()
-        self.model, self.criterion = model, criterion
+        self.hooked, self.criterion = hooked, criterion
         self.machine, self.distill = machine, distill
 
     def forward(self, images: Tensor,
                 labels: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         with self.machine.autocast():
-            logits, students, teacher = self.model(images)
+            logits, students, teacher = self.hooked(images)
         logits, teacher = logits.float(), teacher.float()
         students = [features.float() for features in as_tuple(students)]
         early = self.criterion.early_logits(students)
@@ -318,7 +322,8 @@ class Trainer:
         train_set, val_set: the images, of the same classes.
         resumed: a state will be loaded, so that no initial weights are needed. Default: False
     """
-    COUNTERS = ("epoch", "batch", "seconds", "totals", "log", "best_epoch", "best_acc", "fitted")
+    COUNTERS = ("epoch", "batch", "seconds", "totals", "log", "best_epoch", "best_acc",
+                "start_acc")
 
     def __init__(self, args: argparse.Namespace, machine: Machine, train_set: ImageFolder,
                  val_set: ImageFolder, resumed: bool = False) -> None:
@@ -333,7 +338,7 @@ class Trainer:
         self.epoch = 0  # epochs completed
         self.log: list[dict] = []  # a line for each of them
         self.best_epoch, self.best_acc = -1, -1.0
-        self.fitted = False  # whether the classifier has been fitted and validated, as epoch 0
+        self.start_acc = -1.0  # val accuracy of epoch 0, of the classifiers fitted
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -345,8 +350,8 @@ class Trainer:
         """Train for the epochs that are left. Returns the signal that stopped it, or 0."""
         with self.signals:
             self.save()
-            if self.average and not self.fitted:
-                self.fit_classifier()
+            if self.average and self.start_acc < 0:
+                self.fit_classifiers()
             while self.epoch < self.args.epochs and not self.stop:
                 self.train_epoch()
                 predictions = None if self.stop else self.validate()
@@ -382,7 +387,7 @@ class Trainer:
         torch.manual_seed(derive_seed(self.args.seed, self.epoch, self.batch, rank()))
         images, labels = self.machine.prepare(images), self.machine.move(labels)
         self.optimizer.zero_grad()
-        logits, terms, early = self.distiller(images, labels)
+        logits, terms, early = self.forward(images, labels)
         # DDP takes the mean over the processes, whose parts of a batch may differ by one image.
         share = len(labels) * world_size() / self.sampler.size(self.batch)
         loss = sum(terms.values()) * share
@@ -391,7 +396,7 @@ class Trainer:
         self.scaler.update()
         self.scheduler.step()
         if self.average:
-            self.average.update_parameters(self.model)
+            self.average.update_parameters(self.distiller)
         self.batch += 1
 
         right = [(output.argmax(dim=1) == labels).float().mean() for output in (logits, *early)]
@@ -422,8 +427,8 @@ class Trainer:
             # Processes differ in batch norm's statistics, and by rounding in their averages.
             for tensor in self.result.state_dict().values():
                 dist.broadcast(tensor, src=0)
-        columns = self.run_through(self.result, self.val_loader, Predictions.columns,
-                                   "validating: images")
+        columns = self.run_through(fuse(self.result.hooked.model.eval()), self.val_loader,
+                                   Predictions.columns, "validating: images")
         if columns is None:
             return None
         indices = torch.arange(len(self.val_set))
@@ -473,15 +478,45 @@ class Trainer:
         self.start_epoch()
         self.save()
         self.write_report(predictions)
-        print(f"epoch {self.epoch}/{self.args.epochs}  loss {line['train_loss']:.4f} ("
-              + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in terms.items())
-              + f")  train acc {line['train_acc']:.4f}  val acc {line['val_acc']:.4f}  "
+        print(f"epoch {self.epoch}/{self.args.epochs}  loss {line['train_loss']:.3f}  train acc "
+              f"{line['train_acc']:.3f}{self.describe_early(line)}  val acc {line['val_acc']:.4f}  "
               f"{line['images_per_second']:.1f} images/s  {line['seconds']:.1f} s", flush=True)
 
-    def fit_classifier(self) -> None:
-        """Epoch 0: fit a logistic regression to the features of the weights given, and validate.
+    def describe_early(self, line: dict) -> str:
+        """How far the early layers are in an epoch: their train accuracies, and the hint.
 
-        A random classifier would distort them first: Kumar et al., Fine-Tuning can Distort
+        Of directions, that is the mean cosine between student and adapted teacher features.
+        """
+        accuracies, parts = line["exit_train_acc"].values(), []
+        if accuracies:
+            parts.append("early " + " ".join(f"{accuracy:.3f}" for accuracy in accuracies))
+        if "hint" in line["terms"]:
+            layers = len(self.hooked.student_layers)
+            distance = line["terms"]["hint"] / self.weights["hint"] / layers
+            parts.append(f"cosine {1 - distance / 2:.3f}" if self.criterion.normalize
+                         else f"hint {distance:.4g}")
+        return "".join(f", {part}" for part in parts)
+
+    def remarks(self) -> Iterator[str]:
+        """What the log says at the end that a user may overlook."""
+        first, last = self.log[0], self.log[-1]
+        if self.best_epoch == 0:
+            yield ("training gained nothing over the classifier fitted to the given features, so "
+                   f"that best.pt holds that ({self.start_acc:.4f}, after the last epoch "
+                   f"{last['val_acc']:.4f}): the features suit these images already, or the images "
+                   "are too few")
+        stuck = [f"the classifier at {layer}" for layer in self.exit_layers
+                 if last["exit_train_acc"][layer] <= first["exit_train_acc"][layer]]
+        if last["terms"].get("hint", -1.0) >= first["terms"].get("hint", 0.0):
+            stuck.append("the hint")
+        if stuck and len(self.log) > 1:
+            yield (f"the distillation did not work: no better at the end than in epoch 1 is "
+                   f"{shorten(stuck)}; more --epochs or a higher --lr may help")
+
+    def fit_classifiers(self) -> None:
+        """Epoch 0: fit classifiers and adapters to the features of the weights given, and validate.
+
+        Random ones would distort the features first: Kumar et al., Fine-Tuning can Distort
         Pretrained Features and Underperform Out-of-Distribution, arXiv:2202.10054. A sample of the
         train images is enough, seen as in validation.
         """
@@ -491,25 +526,36 @@ class Trainer:
         chosen = torch.randperm(len(self.train_set), generator=generator)[:count].tolist()
         loader = self.machine.loader(Subset(self.train_set, chosen[rank()::world_size()]),
                                      batch_size=self.val_loader.batch_size)
-        name = find_classifier(self.model)
-        headless = copy.deepcopy(self.model)
-        headless.set_submodule(name, nn.Identity())
-        columns = self.run_through(headless, loader, lambda *pair: [part.cpu() for part in pair],
-                                   "fitting the classifier: images")
+        columns = self.run_through(Headless(self.hooked), loader,
+                                   lambda *pair: [part.cpu() for part in pair],
+                                   "fitting the classifiers: images")
         if columns is None:
             return
-        fit_logistic_regression(self.model.get_submodule(name),
-                                *(column.to(self.machine.device) for column in columns))
+        features, labels = (column.to(self.machine.device) for column in columns)
+        criterion = self.criterion
+        *students, teacher, last = features.split(
+            [*criterion.student_channels, criterion.teacher_channels, self.head.in_features], dim=1)
+        fit_logistic_regression(self.head, last, labels)
+        if self.distills:
+            adapters = [layer for layer in criterion.modules() if isinstance(layer, nn.Conv2d)]
+            for classifier, means in zip(criterion.classifiers, students):
+                fit_logistic_regression(classifier, means, labels)
+            for adapter, means in zip(adapters, students):
+                fit_adapter(adapter, teacher, means)
         self.average.n_averaged.zero_()
-        self.average.update_parameters(self.model)  # which restarts at these weights
+        self.average.update_parameters(self.distiller)  # which restarts at these weights
         predictions = self.validate()
         if predictions:
-            self.fitted, self.best_epoch = True, 0
-            self.best_acc = predictions.summarize(self.classes)["top1"]
+            self.start_acc = self.best_acc = predictions.summarize(self.classes)["top1"]
+            self.best_epoch = 0
+            for group in self.optimizer.param_groups if self.args.lr is None else ():
+                for name in ("lr", "initial_lr", "max_lr", "min_lr"):  # all that OneCycleLR reads
+                    group[name] *= LR_PER_ERROR * (1 - self.start_acc) / self.recipe["lr"]
             self.save()
             self.write_report(predictions)
-            print(f"epoch 0/{self.args.epochs}  only the classifier fitted  val acc "
-                  f"{self.best_acc:.4f}  {time.perf_counter() - start:.1f} s", flush=True)
+            print(f"epoch 0/{self.args.epochs}  only the classifiers fitted  val acc "
+                  f"{self.best_acc:.4f}  {time.perf_counter() - start:.1f} s; from here on with lr "
+                  f"{self.optimizer.param_groups[0]['max_lr']:.2g}", flush=True)
 
     def is_best(self) -> bool:
         """Whether the epoch just ended is the best so far."""
@@ -525,7 +571,7 @@ class Trainer:
     def save(self) -> None:
         """Write last.pt and log.jsonl; before them best.pt, if the epoch just ended is the best."""
         self.signals.save, self.saved = False, time.monotonic()
-        self.check_finite(*self.model.parameters())
+        self.check_finite(*self.distiller.parameters())
         if rank() > 0:
             return
         args, out = self.args, Path(self.args.out)
@@ -534,11 +580,11 @@ class Trainer:
             "student_layer": list(self.hooked.student_layers),
             "teacher_layer": self.hooked.teacher_layer}
         last_acc = self.log[-1]["val_acc"] if self.log else self.best_acc
-        checkpoint = {"model": self.result.state_dict(), "arch": args.arch,
+        checkpoint = {"model": self.result.hooked.model.state_dict(), "arch": args.arch,
                       "classes": self.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
                       "std": list(IMAGENET_STD), "epoch": self.epoch, "val_acc": max(0.0, last_acc),
                       "data": settings["data"], "args": settings}
-        if self.epoch and self.exit_layers:
+        if self.exit_layers:
             checkpoint["exits"] = self.exits()
         if self.is_best():
             write_checkpoint(out / "best.pt", checkpoint)
@@ -563,14 +609,14 @@ class Trainer:
         self.totals = self.totals.to(self.machine.device)
 
     def parts(self) -> dict:
-        parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer,
+        parts = {"distiller": self.distiller, "optimizer": self.optimizer,
                  "scheduler": self.scheduler, "scaler": self.scaler}
         return parts | ({"average": self.average} if self.average else {})
 
     def exits(self) -> dict[str, dict[str, Tensor]]:
         """Weight and bias of each early classifier that is trained, by layer."""
         return {layer: classifier.state_dict() for layer, classifier
-                in zip(self.exit_layers, self.criterion.classifiers)}
+                in zip(self.exit_layers, self.result.criterion.classifiers)}
 
     def restore(self, checkpoint: dict) -> None:
         """Go on from a last.pt, provided that the data are still the same."""
@@ -627,6 +673,7 @@ class Trainer:
         self.hooked = load_hooked(args.arch, len(self.classes), weights, args.student_layer,
                                   args.teacher_layer, recipe["students"])
         self.model = self.hooked.model
+        self.head = self.model.get_submodule(find_classifier(self.model))
         self.distills = args.distillation and args.alpha > 0
         try:
             self.criterion = SelfDistillationLoss(
@@ -652,11 +699,10 @@ class Trainer:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.hooked)
         self.distiller = Distiller(self.hooked, self.criterion, self.machine, self.distills)
         self.distiller.to(device, memory_format=torch.channels_last)
-        if args.compile:
-            self.distiller = torch.compile(self.distiller)
+        self.forward = torch.compile(self.distiller) if args.compile else self.distiller
         if dist.is_initialized():
-            self.distiller = DistributedDataParallel(
-                self.distiller, device_ids=[device] if self.machine.on_cuda else None)
+            self.forward = DistributedDataParallel(
+                self.forward, device_ids=[device] if self.machine.on_cuda else None)
 
     def make_optimizer(self) -> None:
         """SGD without decay of biases and norms, its schedule, and the average of the weights."""
@@ -666,20 +712,56 @@ class Trainer:
                    "weight_decay": recipe["weight_decay"] if is_matrix else 0.0}
                   for is_matrix in (True, False)]
         is_fp16 = self.machine.precision == "fp16"
+        lr = recipe["lr"] if self.args.lr is None else self.args.lr
         # Fused, a first step that fp16's scaler skips would leave the momentum uninitialised.
-        self.optimizer = SGD(groups, lr=self.args.lr, momentum=0.9, nesterov=recipe["nesterov"],
+        self.optimizer = SGD(groups, lr=lr, momentum=0.9, nesterov=recipe["nesterov"],
                              fused=not is_fp16)
-        self.scheduler = (OneCycleLR(self.optimizer, max_lr=self.args.lr, total_steps=max(2, steps),
+        self.scheduler = (OneCycleLR(self.optimizer, max_lr=lr, total_steps=max(2, steps),
                                      cycle_momentum=False) if recipe["one_cycle"]
                           else ConstantLR(self.optimizer, factor=1.0, total_iters=0))
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=is_fp16)
-        head = self.model.get_submodule(find_classifier(self.model))
         fine_tunes = (recipe["fine_tune"] and self.args.weights != "none"
-                      and isinstance(head, nn.Linear))
-        self.average = AveragedModel(
-            self.model, multi_avg_fn=moving_average(INITIAL_SHARE ** (1 / steps)),
-            use_buffers=True) if fine_tunes else None
-        self.result = self.average.module if fine_tunes else self.model  # validated and saved
+                      and isinstance(self.head, nn.Linear))
+        self.average = (AveragedModel(self.distiller, multi_avg_fn=self.move_average,
+                                      use_buffers=True) if fine_tunes else None)
+        self.result = self.average.module if fine_tunes else self.distiller  # validated, saved
+
+
+    def move_average(self, averages: list[Tensor], values: list[Tensor],
+                     count: Tensor | int) -> None:
+        """The update of `average`, as AveragedModel calls it.
+
+        Of whole numbers, such as positions, it is a copy: as a mean of two equal ones, torch's
+        rounding can make another of them.
+        """
+        if averages[0].is_floating_point():
+            share = INITIAL_SHARE * self.start_acc ** 8
+            decay = share ** (1 / (self.args.epochs * len(self.sampler)))
+            get_ema_multi_avg_fn(decay)(averages, values, count)
+        else:
+            for old, new in zip(averages, values):
+                old.copy_(new)
+
+
+class Headless(nn.Module):
+    """What epoch 0 fits to: the means of the hooked features, and the inputs of the classifier.
+
+    Args:
+        hooked: the whole network; it is copied.
+
+    Shape:
+        - images: (N, 3, H, W)
+        - returns (N, C): the channels of the students, the teacher and the classifier's inputs
+    """
+
+    def __init__(self, hooked: HookedModel) -> None:
+        super().__init__()
+        self.hooked = copy.deepcopy(hooked)
+        self.hooked.model.set_submodule(find_classifier(hooked.model), nn.Identity())
+
+    def forward(self, images: Tensor) -> Tensor:
+        features, students, teacher = self.hooked(images)
+        return torch.cat([*map(pooled, as_tuple(students)), pooled(teacher), features], dim=1)
 
 
 def load_hooked(arch: str, num_classes: int, weights: str, student_layer: list[str] | None,
@@ -699,22 +781,6 @@ def load_hooked(arch: str, num_classes: int, weights: str, student_layer: list[s
     return hooked
 
 
-def moving_average(decay: float) -> Callable:
-    """The update of an AveragedModel: of whole numbers, such as positions, a copy.
-
-    As a mean of two equal ones, torch's rounding can make another of them.
-    """
-    average = get_ema_multi_avg_fn(decay)
-
-    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
-        if averages[0].is_floating_point():
-            average(averages, values, count)
-        else:
-            for old, new in zip(averages, values):
-                old.copy_(new)
-    return update
-
-
 def fit_logistic_regression(classifier: nn.Linear, features: Tensor, labels: Tensor) -> None:
     """Fit a linear layer to features (N, C) and labels (N), with a penalty of 0.01 |weight|²."""
     for parameter in classifier.parameters():
@@ -729,6 +795,17 @@ def fit_logistic_regression(classifier: nn.Linear, features: Tensor, labels: Ten
         return loss
 
     optimizer.step(closure)
+
+
+@torch.no_grad()
+def fit_adapter(adapter: nn.Conv2d, inputs: Tensor, targets: Tensor) -> None:
+    """Fit a 1x1 convolution to inputs (N, C) and targets (N, D) by ridge regression."""
+    mean, target_mean = inputs.mean(dim=0), targets.mean(dim=0)
+    gram = (inputs - mean).T @ (inputs - mean)
+    gram.diagonal().add_(0.1 * gram.diagonal().mean() + 1e-6)
+    weight = torch.linalg.solve(gram, (inputs - mean).T @ (targets - target_mean))  # (C, D)
+    adapter.weight.copy_(weight.T[:, :, None, None])
+    adapter.bias.copy_(target_mean - mean @ weight)
 
 
 class Signals:
@@ -785,7 +862,8 @@ def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
           f"{', '.join(trainer.hooked.student_layers)}, teacher {trainer.hooked.teacher_layer}")
     print(f"machine    {machine.device}, {machine.precision}, {machine.workers} workers"
           + (f" for each of {world_size()} processes" if dist.is_initialized() else ""))
-    print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr {args.lr:g}, "
+    print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr "
+          f"{'by epoch 0' if args.lr is None else format(args.lr, 'g')}, "
           f"loss {' + '.join(f'{weight:g} {name}' for name, weight in trainer.weights.items())}, "
           f"seed {args.seed}", flush=True)
     if checkpoint:
@@ -799,6 +877,8 @@ def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
         print(f"stopped in epoch {trainer.epoch + 1} after batch {trainer.batch}; go on with: "
               f"{again}", flush=True)
         return 128 + stop
+    for remark in trainer.remarks():
+        print(f"note: {remark}")
     print(f"best val accuracy {trainer.best_acc:.4f} in epoch {trainer.best_epoch} (on "
           f"{len(val_set)} val images; ties go to the earlier epoch), "
           f"{Progress.duration(time.perf_counter() - started)}")
@@ -1074,8 +1154,8 @@ def make_parser() -> Parser:
     group.add_argument("--batch-size", type=number(int, 1), metavar="N", help="images a step, on "
                        f"all processes together (default: {by_recipe('batch_size')})")
     group.add_argument("--lr", type=number(float, 0), metavar="RATE", help="peak learning rate "
-                       f"(default: {by_recipe('lr')}; from random weights: "
-                       f"{by_recipe('scratch_lr')})")
+                       f"(default: {LR_PER_ERROR:g} times the val error of epoch 0; from random "
+                       f"weights {TUNED['scratch_lr']:g}; blog {RECIPES['blog']['lr']:g})")
     group.add_argument("--alpha", type=number(float, 0, 1), metavar="WEIGHT", help="weight of the "
                        "three terms below, 1 - WEIGHT of the cross-entropy (default: "
                        f"{by_recipe('alpha')})")
@@ -1099,7 +1179,8 @@ def make_parser() -> Parser:
     group.add_argument("--arch", metavar="NAME", help="any classifier of torchvision.models, such "
                        "as resnet50 or vit_b_16 (default: resnet18)")
     group.add_argument("--student-layer", nargs="+", metavar="NAME", help="early layers that "
-                       "learn, shallow first (default: found; layer2.1 for resnet18)")
+                       "learn, shallow first (default: found, two of them, for resnet18 layer2.1 "
+                       "and layer3.1; blog: one)")
     group.add_argument("--teacher-layer", metavar="NAME", help="deep layer that --hint compares "
                        "them with (default: found; layer4.1 for resnet18)")
     group.add_argument("--weights", metavar="imagenet|none|FILE", help="initial weights (default: "
@@ -1131,7 +1212,8 @@ def settle(given: dict) -> tuple[argparse.Namespace, dict | None]:
     recipe, embedded = RECIPES[settings["recipe"]], settings["data"] is None
     weights = settings.get("weights", "none" if embedded else "imagenet")
     decided = {"size": 32 if embedded else 224, "weights": weights,
-               "lr": recipe["scratch_lr" if weights == "none" else "lr"]}
+               "lr": recipe["scratch_lr"] if weights == "none" else
+               None if recipe["fine_tune"] else recipe["lr"]}  # None: by the error of epoch 0
     args = argparse.Namespace(**decided | {name: recipe[name] for name in RECIPE_FLAGS} | settings)
     if args.alpha == 1 and not args.distillation:
         raise UserError("--no-distillation with --alpha 1 leaves nothing to train on: use a "
