@@ -800,8 +800,7 @@ class OptimizerTest(unittest.TestCase):
                              for parameter in trainer.criterion.parameters()))
 
     def test_fine_tuning_results_in_a_moving_average_of_the_weights(self) -> None:
-        # A quarter of the first weights is to be left after two steps, a half at each of them, had
-        # they all val images right.
+        # Had they all val images right, half of the first weights is to be left after two steps.
         arch, weights = "mobilenet_v3_small", self.folder / "weights.pth"
         torch.save(models.get_model(arch, num_classes=3).state_dict(), weights)
         trainer = self.make(arch=arch, weights=str(weights), epochs=2)
@@ -814,7 +813,7 @@ class OptimizerTest(unittest.TestCase):
             states.append(copy.deepcopy(trainer.distiller.state_dict()))
         for name, value in trainer.result.state_dict().items():
             start, first, second = (state[name] for state in states)
-            assert_close(value, 0.25 * start + 0.25 * first + 0.5 * second
+            assert_close(value, 0.5 * start + (0.5 ** 0.5 - 0.5) * first + (1 - 0.5 ** 0.5) * second
                          if value.is_floating_point() else second)
         self.assertIsNone(self.make().average)
 

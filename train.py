@@ -83,10 +83,10 @@ RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
 CHANGEABLE = ("data", "out", "resume", "save_every", "compare", "compare_arms", "report", "check",
               "skip_unreadable", "epochs", "workers", "device", "compile")
 NOT_SAVED = ("out", "resume", "compare", "compare_arms", "check")  # in a checkpoint's args
-# What the val accuracy of epoch 0 decides in fine-tuning: the peak learning rate, and the share of
-# the weights given in the average after the last step.
-LR_PER_ERROR = 0.03
-INITIAL_SHARE = 0.25
+# How far fine-tuning goes from the weights given, by the val accuracy a of epoch 0: its peak rate
+# is 0.025 (1 - a), and their share in the average of all weights after the last step 0.5 a^8.
+LR_PER_ERROR = 0.025
+GIVEN_SHARE, GIVEN_POWER = 0.5, 8
 ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
         "distillation": {}}  # of --compare, by what they change
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
@@ -735,7 +735,7 @@ class Trainer:
         rounding can make another of them.
         """
         if averages[0].is_floating_point():
-            share = INITIAL_SHARE * self.start_acc ** 8
+            share = GIVEN_SHARE * self.start_acc ** GIVEN_POWER
             decay = share ** (1 / (self.args.epochs * len(self.sampler)))
             get_ema_multi_avg_fn(decay)(averages, values, count)
         else:
