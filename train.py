@@ -548,9 +548,10 @@ class Trainer:
         if predictions:
             self.start_acc = self.best_acc = predictions.summarize(self.classes)["top1"]
             self.best_epoch = 0
+            error = max(1 - self.start_acc, 1 / len(self.val_set))  # of no images, one is assumed
             for group in self.optimizer.param_groups if self.args.lr is None else ():
                 for name in ("lr", "initial_lr", "max_lr", "min_lr"):  # all that OneCycleLR reads
-                    group[name] *= LR_PER_ERROR * (1 - self.start_acc) / self.recipe["lr"]
+                    group[name] *= LR_PER_ERROR * error / self.recipe["lr"]
             self.save()
             self.write_report(predictions)
             print(f"epoch 0/{self.args.epochs}  only the classifiers fitted  val acc "
