@@ -63,20 +63,23 @@ DEFAULTS = dict(
     recipe="tuned", epochs=5, distillation=True, seed=0, arch="resnet18", student_layer=None,
     teacher_layer=None, workers=None, device="auto", precision="auto", compile=False)
 
-# The first six are flags, too. lr is for weights given, scratch_lr for random ones; students: of
-# layers; fine_tune: from weights given, fit the classifiers first and average the weights.
+# The first six are flags, too; students: of layers; fine_tune: from weights given, fit the
+# classifiers first, let their error decide the lr, and average the weights (where the last layer is
+# not linear, there is no such beginning, and the lr is this one); scratch: what is otherwise from
+# random weights.
 TUNED = dict(
-    alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, scratch_lr=0.1,
-    students=2, detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True,
-    nesterov=True, weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True)
+    alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
+    detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
+    weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
+    scratch=dict(lr=0.1, batch_size=32, crop_scale=(0.6, 1.0)))
 RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
     "blog": dict(  # the published walk-through
-        alpha=0.5, hint=1.0, labels=0.0, soft=0.0, batch_size=32, lr=0.01, scratch_lr=0.01,
-        students=1, detach_teacher=False, normalize=False, train_adapter=False, one_cycle=False,
+        alpha=0.5, hint=1.0, labels=0.0, soft=0.0, batch_size=32, lr=0.01, students=1,
+        detach_teacher=False, normalize=False, train_adapter=False, one_cycle=False,
         nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
-        fine_tune=False),
+        fine_tune=False, scratch={}),
 }
 RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
 # What a resumed run may change; --epochs only as `settle` allows.
@@ -90,6 +93,12 @@ GIVEN_SHARE, GIVEN_POWER = 0.5, 8
 ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
         "distillation": {}}  # of --compare, by what they change
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
+
+
+def recipe_of(name: str, weights: str) -> dict:
+    """The settings of a recipe, as they are from given or from random weights."""
+    recipe = RECIPES[name]
+    return recipe | recipe["scratch"] if weights == "none" else recipe
 
 
 # The processes: this one alone, or all that torchrun started
@@ -327,7 +336,8 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, machine: Machine, train_set: ImageFolder,
                  val_set: ImageFolder, resumed: bool = False) -> None:
-        self.args, self.machine, self.recipe = args, machine, RECIPES[args.recipe]
+        self.args, self.machine = args, machine
+        self.recipe = recipe_of(args.recipe, args.weights)
         self.train_set, self.val_set, self.classes = train_set, val_set, train_set.classes
         self.fingerprints = {"train": fingerprint(train_set), "val": fingerprint(val_set)}
         self.make_loaders()
@@ -1153,10 +1163,11 @@ def make_parser() -> Parser:
     group.add_argument("--epochs", type=number(int, 1), metavar="N",
                        help="passes over the images (default: 5)")
     group.add_argument("--batch-size", type=number(int, 1), metavar="N", help="images a step, on "
-                       f"all processes together (default: {by_recipe('batch_size')})")
+                       f"all processes together (default: {by_recipe('batch_size')}; from random "
+                       f"weights {TUNED['scratch']['batch_size']})")
     group.add_argument("--lr", type=number(float, 0), metavar="RATE", help="peak learning rate "
                        f"(default: {LR_PER_ERROR:g} times the val error of epoch 0; from random "
-                       f"weights {TUNED['scratch_lr']:g}; blog {RECIPES['blog']['lr']:g})")
+                       f"weights {TUNED['scratch']['lr']:g}; blog {RECIPES['blog']['lr']:g})")
     group.add_argument("--alpha", type=number(float, 0, 1), metavar="WEIGHT", help="weight of the "
                        "three terms below, 1 - WEIGHT of the cross-entropy (default: "
                        f"{by_recipe('alpha')})")
@@ -1210,11 +1221,12 @@ def settle(given: dict) -> tuple[argparse.Namespace, dict | None]:
         refuse_contradictions(given, saved)
         given = given | saved | {name: given[name] for name in CHANGEABLE if name in given}
     settings = DEFAULTS | given
-    recipe, embedded = RECIPES[settings["recipe"]], settings["data"] is None
+    embedded = settings["data"] is None
     weights = settings.get("weights", "none" if embedded else "imagenet")
+    recipe = recipe_of(settings["recipe"], weights)
+    by_epoch_0 = recipe["fine_tune"] and weights != "none"
     decided = {"size": 32 if embedded else 224, "weights": weights,
-               "lr": recipe["scratch_lr"] if weights == "none" else
-               None if recipe["fine_tune"] else recipe["lr"]}  # None: by the error of epoch 0
+               "lr": None if by_epoch_0 else recipe["lr"]}
     args = argparse.Namespace(**decided | {name: recipe[name] for name in RECIPE_FLAGS} | settings)
     if args.alpha == 1 and not args.distillation:
         raise UserError("--no-distillation with --alpha 1 leaves nothing to train on: use a "
