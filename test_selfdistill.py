@@ -808,14 +808,26 @@ class OptimizerTest(unittest.TestCase):
         states = [copy.deepcopy(trainer.distiller.state_dict())]
         assert_close(trainer.result.state_dict(), states[0])
         trainer.start_acc = 1.0
-        for _ in range(2):
-            trainer.step(self.images, self.labels)
+        for trainer.epoch in range(2):
+            trainer.train_epoch()
+            trainer.start_epoch()
             states.append(copy.deepcopy(trainer.distiller.state_dict()))
         for name, value in trainer.result.state_dict().items():
             start, first, second = (state[name] for state in states)
             assert_close(value, 0.5 * start + (0.5 ** 0.5 - 0.5) * first + (1 - 0.5 ** 0.5) * second
                          if value.is_floating_point() else second)
         self.assertIsNone(self.make().average)
+
+    def test_what_is_where_it_began_is_named_at_the_end(self) -> None:
+        trainer = self.make()
+        trainer.log = [{"terms": {"hint": hint}, "exit_train_acc": {"layer2.1": early,
+                                                                    "layer3.1": 0.4}}
+                       for hint, early in ((0.5, 0.1), (0.5, 0.3))]
+        remark, = trainer.remarks()
+        self.assertIn("than in epoch 1: the classifier at layer3.1, the hint; more", remark)
+        trainer.log[1]["terms"]["hint"] = 0.4
+        trainer.log[1]["exit_train_acc"]["layer3.1"] = 0.5
+        self.assertEqual(list(trainer.remarks()), [])
 
     def check_step(self, device: str, precisions: tuple[str, ...]) -> None:
         for precision in precisions:
@@ -1033,8 +1045,8 @@ class TrainingTest(ImagesTestCase):
         torch.save(weights, self.folder / "weights.pth")
         printed = self.train(*RESNET18, "--data", self.folder / "images", "--size", 64,
                              "--lr", 1e-9, "--weights", self.folder / "weights.pth")
-        self.assertRegex(printed, "epoch 0/1  only the classifiers fitted  val acc .* lr 1e-09\n")
-        self.assertIn("note: training gained nothing over the classifier fitted to", printed)
+        self.assertRegex(printed, "epoch 0/1  only the classifiers fitted  val acc .* lr 1e-09  ")
+        self.assertIn("note: training gained nothing over epoch 0, which best.pt holds", printed)
         best, (line,) = load(self.out / "best.pt"), read_log(self.out)
         self.assertEqual((best["epoch"], line["epoch"]), (0, 1))
         for name in weights.keys() - {"fc.weight", "fc.bias"}:

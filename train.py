@@ -378,6 +378,9 @@ class Trainer:
         progress = Progress(f"epoch {self.epoch + 1}/{epochs}  images", count,
                             done=int(self.totals[0]), later=(epochs - self.epoch - 1) * count)
         start = time.perf_counter() - self.seconds
+        if self.average:
+            share = GIVEN_SHARE * self.start_acc ** GIVEN_POWER
+            self.average.multi_avg_fn = moving_average(share ** (1 / (epochs * len(self.sampler))))
         self.distiller.train()
         self.sampler.epoch, self.sampler.start = self.epoch, self.batch
         for images, labels in self.train_loader:
@@ -511,17 +514,16 @@ class Trainer:
         """What the log says at the end that a user may overlook."""
         first, last = self.log[0], self.log[-1]
         if self.best_epoch == 0:
-            yield ("training gained nothing over the classifier fitted to the given features, so "
-                   f"that best.pt holds that ({self.start_acc:.4f}, after the last epoch "
-                   f"{last['val_acc']:.4f}): the features suit these images already, or the images "
-                   "are too few")
+            yield (f"training gained nothing over epoch 0, which best.pt holds "
+                   f"({self.start_acc:.4f}, after the last epoch {last['val_acc']:.4f}): the given "
+                   "features suit these images already, or the images are too few to improve them")
         stuck = [f"the classifier at {layer}" for layer in self.exit_layers
                  if last["exit_train_acc"][layer] <= first["exit_train_acc"][layer]]
         if last["terms"].get("hint", -1.0) >= first["terms"].get("hint", 0.0):
             stuck.append("the hint")
         if stuck and len(self.log) > 1:
-            yield (f"the distillation did not work: no better at the end than in epoch 1 is "
-                   f"{shorten(stuck)}; more --epochs or a higher --lr may help")
+            yield (f"no better at the end than in epoch 1: {shorten(stuck)}; more --epochs or a "
+                   "higher --lr may help")
 
     def fit_classifiers(self) -> None:
         """Epoch 0: fit classifiers and adapters to the features of the weights given, and validate.
@@ -565,8 +567,8 @@ class Trainer:
             self.save()
             self.write_report(predictions)
             print(f"epoch 0/{self.args.epochs}  only the classifiers fitted  val acc "
-                  f"{self.best_acc:.4f}  {time.perf_counter() - start:.1f} s; from here on with lr "
-                  f"{self.optimizer.param_groups[0]['max_lr']:.2g}", flush=True)
+                  f"{self.start_acc:.4f}  peak lr {self.optimizer.param_groups[0]['max_lr']:.2g}  "
+                  f"{time.perf_counter() - start:.1f} s", flush=True)
 
     def is_best(self) -> bool:
         """Whether the epoch just ended is the best so far."""
@@ -733,25 +735,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=is_fp16)
         fine_tunes = (recipe["fine_tune"] and self.args.weights != "none"
                       and isinstance(self.head, nn.Linear))
-        self.average = (AveragedModel(self.distiller, multi_avg_fn=self.move_average,
-                                      use_buffers=True) if fine_tunes else None)
+        self.average = AveragedModel(self.distiller, use_buffers=True) if fine_tunes else None
         self.result = self.average.module if fine_tunes else self.distiller  # validated, saved
 
-
-    def move_average(self, averages: list[Tensor], values: list[Tensor],
-                     count: Tensor | int) -> None:
-        """The update of `average`, as AveragedModel calls it.
-
-        Of whole numbers, such as positions, it is a copy: as a mean of two equal ones, torch's
-        rounding can make another of them.
-        """
-        if averages[0].is_floating_point():
-            share = GIVEN_SHARE * self.start_acc ** GIVEN_POWER
-            decay = share ** (1 / (self.args.epochs * len(self.sampler)))
-            get_ema_multi_avg_fn(decay)(averages, values, count)
-        else:
-            for old, new in zip(averages, values):
-                old.copy_(new)
 
 
 class Headless(nn.Module):
@@ -790,6 +776,22 @@ def load_hooked(arch: str, num_classes: int, weights: str, student_layer: list[s
     if not all(tensor.isfinite().all() for tensor in hooked.state_dict().values()):
         raise UserError(f"{weights}: not all of its weights are finite")
     return hooked
+
+
+def moving_average(decay: float) -> Callable:
+    """The update of an AveragedModel: of whole numbers, such as positions, a copy.
+
+    As a mean of two equal ones, torch's rounding can make another of them.
+    """
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+        if averages[0].is_floating_point():
+            average(averages, values, count)
+        else:
+            for old, new in zip(averages, values):
+                old.copy_(new)
+    return update
 
 
 def fit_logistic_regression(classifier: nn.Linear, features: Tensor, labels: Tensor) -> None:
