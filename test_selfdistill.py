@@ -985,7 +985,6 @@ class TrainingTest(ImagesTestCase):
     def test_only_what_has_a_weight_is_trained_logged_and_saved(self) -> None:
         def noted(trainer: train.Trainer) -> int:
             initial.update(copy.deepcopy(trainer.criterion.state_dict()))
-            criteria.append(trainer.criterion)
             return fit(trainer)
 
         fit, classifier = train.Trainer.fit, {"classifiers.0.bias", "classifiers.0.weight"}
@@ -999,13 +998,13 @@ class TrainingTest(ImagesTestCase):
                 (("--alpha", 0), set(), [], ["distillation_loss"]),
                 (("--alpha", 1, "--hint", 0), classifier, ["labels"], ["ce_loss"])):
             with self.subTest(flags), mock.patch.object(train.Trainer, "fit", noted):
-                initial, criteria = {}, []
-                exits = {"features.2"} if classifier <= trained else set()
+                initial, exits = {}, {"features.2"} if classifier <= trained else set()
                 self.train(*flags, "--student-layer", "features.2")
                 last, (line,) = self.last(), read_log(self.out)
+                saved = last["run"]["distiller"]
                 self.assertEqual(trained, {
-                    name for name, value in criteria[0].state_dict().items()
-                    if not torch.equal(value, initial[name])})
+                    name for name, value in initial.items()
+                    if not torch.equal(saved[f"criterion.{name}"], value)})
                 self.assertEqual(list(line["terms"]), ["cross_entropy", *terms])
                 self.assertEqual([name for name in line if line[name] is None], missing)
                 self.assertEqual(line["exit_train_acc"].keys(), exits)
@@ -1053,9 +1052,9 @@ class TrainingTest(ImagesTestCase):
             assert_close(best["model"][name], weights[name], rtol=0, atol=0)
         figures, _ = self.evaluate(self.out / "best.pt")  # on the very images all was fitted to
         self.assertEqual(figures["top1"], best["val_acc"])
-        for accuracy in (best["val_acc"], *(figures["exits"][layer]["top1"]
-                                            for layer in self.LAYERS)):
-            self.assertGreaterEqual(accuracy, 0.8)
+        self.assertGreaterEqual(best["val_acc"], 0.9)
+        for layer in self.LAYERS:
+            self.assertGreaterEqual(figures["exits"][layer]["top1"], 0.8)
         self.assertLess(line["terms"]["hint"], 1.2)  # about 2 from random adapters
 
     def test_by_default_the_error_of_epoch_0_decides_how_far_fine_tuning_goes(self) -> None:

@@ -63,15 +63,14 @@ DEFAULTS = dict(
     recipe="tuned", epochs=5, distillation=True, seed=0, arch="resnet18", student_layer=None,
     teacher_layer=None, workers=None, device="auto", precision="auto", compile=False)
 
-# The first six are flags, too; students: of layers; fine_tune: from weights given, fit the
-# classifiers first, let their error decide the lr, and average the weights (where the last layer is
-# not linear, there is no such beginning, and the lr is this one); scratch: what is otherwise from
-# random weights.
+# The first six are flags, too; students: of layers; fine_tune: fit the classifiers first, let their
+# error decide the lr, and average the weights (where the last layer is not linear, there is no such
+# beginning, and the lr is this one); scratch: what is otherwise from random weights.
 TUNED = dict(
     alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
     detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
     weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
-    scratch=dict(lr=0.1, batch_size=32, crop_scale=(0.6, 1.0)))
+    scratch=dict(lr=0.1, batch_size=32, crop_scale=(0.6, 1.0), fine_tune=False))
 RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
@@ -87,7 +86,8 @@ CHANGEABLE = ("data", "out", "resume", "save_every", "compare", "compare_arms", 
               "skip_unreadable", "epochs", "workers", "device", "compile")
 NOT_SAVED = ("out", "resume", "compare", "compare_arms", "check")  # in a checkpoint's args
 # How far fine-tuning goes from the weights given, by the val accuracy a of epoch 0: its peak rate
-# is 0.025 (1 - a), and their share in the average of all weights after the last step 0.5 a^8.
+# is LR_PER_ERROR (1 - a), and their share in the average of all weights after the last step
+# GIVEN_SHARE a ** GIVEN_POWER.
 LR_PER_ERROR = 0.025
 GIVEN_SHARE, GIVEN_POWER = 0.5, 8
 ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
@@ -733,11 +733,9 @@ class Trainer:
                                      cycle_momentum=False) if recipe["one_cycle"]
                           else ConstantLR(self.optimizer, factor=1.0, total_iters=0))
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=is_fp16)
-        fine_tunes = (recipe["fine_tune"] and self.args.weights != "none"
-                      and isinstance(self.head, nn.Linear))
+        fine_tunes = recipe["fine_tune"] and isinstance(self.head, nn.Linear)
         self.average = AveragedModel(self.distiller, use_buffers=True) if fine_tunes else None
         self.result = self.average.module if fine_tunes else self.distiller  # validated, saved
-
 
 
 class Headless(nn.Module):
@@ -1226,9 +1224,8 @@ def settle(given: dict) -> tuple[argparse.Namespace, dict | None]:
     embedded = settings["data"] is None
     weights = settings.get("weights", "none" if embedded else "imagenet")
     recipe = recipe_of(settings["recipe"], weights)
-    by_epoch_0 = recipe["fine_tune"] and weights != "none"
     decided = {"size": 32 if embedded else 224, "weights": weights,
-               "lr": None if by_epoch_0 else recipe["lr"]}
+               "lr": None if recipe["fine_tune"] else recipe["lr"]}
     args = argparse.Namespace(**decided | {name: recipe[name] for name in RECIPE_FLAGS} | settings)
     if args.alpha == 1 and not args.distillation:
         raise UserError("--no-distillation with --alpha 1 leaves nothing to train on: use a "
