@@ -34,6 +34,8 @@ import signal
 import tempfile
 import textwrap
 import time
+import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
@@ -42,7 +44,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor, nn
 from torch.fx import symbolic_trace, wrap
 from torch.fx.experimental.optimization import fuse
@@ -51,12 +53,15 @@ from torchvision import datasets
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from selfdistill import load_classifier, load_tensors, normalize, pooled, to_rgb, val_transform
+from selfdistill import (is_upright, load_classifier, load_tensors, normalize, pooled, to_rgb,
+                         val_transform)
 
 # First half: what train.py shares (messages, images, the machine, predictions, early exits, files,
 # the report). The script alone begins at "Second half".
 
 SIZES = (32, 2048)  # least and greatest height and width of an image, in pixels
+IMAGE_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe", ".gif",
+                  *([".avif"] if features.check("avif") else []))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # In torch's messages: of accelerators, of CPUs, of a loader's workers, and of what these share.
 OUT_OF_MEMORY = ("out of memory", "t allocate memory", "DataLoader worker (pid", "shared memory")
@@ -171,6 +176,10 @@ def shorten(names: Iterable, most: int = 10) -> str:
 
 # Images
 
+# Pillow refuses what is twice as large.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
 class UnreadableImage(UserError):
     """An image that cannot be decoded; the message names the file."""
 
@@ -181,20 +190,56 @@ class UnreadableImage(UserError):
 
 def load_image(path: str) -> Tensor:
     """Read an image as `to_rgb` converts it: uint8 (3, H, W)."""
-    if path.lower().endswith((".jpg", ".jpeg")):
-        try:
-            data = torchvision.io.read_file(path)
-            return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB,
-                                              apply_exif_orientation=True)
-        except (RuntimeError, AttributeError):  # no sound JPEG, or a torchvision without decoders,
-            pass  # which it plans to drop; Pillow is slower, but reads all and tells what is wrong
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image:  # which reads no more than the header
+            if image.format == "JPEG" and image.mode == "RGB" and is_upright(image):
+                # Faster than Pillow, which tells what is wrong with an image that this refuses;
+                # and torchvision plans to drop its decoders.
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    return torchvision.io.decode_jpeg(torchvision.io.read_file(path))
             return pil_to_tensor(to_rgb(image))
     except Exception as error:  # a damaged file can raise nearly anything
         reason = (getattr(error, "strerror", None) or str(error).replace(f" {path!r}", "")
                   or type(error).__name__)
         raise UnreadableImage(f"cannot read the image {path}: {reason}") from None
+
+
+def find_images(folder: str, left_out: Counter, seen: set[str]) -> list[str]:
+    """Find the images in a folder and below, ordered by name, each once wherever links lead.
+
+    Args:
+        folder: to look in.
+        left_out: counts what is not read: other files by suffix, and hidden folders.
+        seen: real paths of folders that are not entered again; those found are added.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    seen.add(os.path.realpath(folder))
+    above = set(map(str, Path(folder).resolve().parents))
+    found = []
+    for parent, inside, names in os.walk(folder, onerror=refuse, followlinks=True):
+        left_out["hidden folder(s)"] += sum(name.startswith(".") for name in inside)
+        visible = {os.path.realpath(os.path.join(parent, name)): name
+                   for name in sorted(inside, reverse=True) if not name.startswith(".")}
+        inside[:] = sorted(visible[real] for real in visible.keys() - seen - above)
+        seen |= visible.keys()
+        for name in sorted(names):
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                found.append(os.path.join(parent, name))
+            elif not name.startswith("."):
+                left_out[os.path.splitext(name)[1].lower() or "without suffix"] += 1
+    return found
+
+
+def tell_left_out(folder: str, left_out: Counter) -> None:
+    """Print what `find_images` has left out of a folder, in a line, if anything."""
+    if left_out.total():
+        kinds = (f"{count} {kind}" for kind, count in left_out.most_common() if count)
+        print(f"note: left out of {folder}, files and folders: {shorten(kinds)}")
 
 
 class ImageFolder(datasets.ImageFolder):
@@ -215,25 +260,51 @@ class ImageFolder(datasets.ImageFolder):
 
     def __init__(self, root: str | Path, transform: Callable | None,
                  classes: list[str] | None = None, allow_empty: bool = False) -> None:
-        self.known_classes = classes
-        try:
-            super().__init__(str(root), transform, loader=load_image, allow_empty=allow_empty)
-        except OSError as error:
-            raise UserError(f"{root}: {error}") from None
+        self.known_classes, self.left_out = classes, Counter()
+        super().__init__(str(root), transform, loader=load_image, allow_empty=allow_empty)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        present = sorted(entry.name for entry in os.scandir(directory)
-                         if entry.is_dir() and not entry.name.startswith("."))
-        if not present:
+        folders = {}
+        try:
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"cannot read the folder {directory}: {error.strerror}") from None
+        for entry in entries:
+            name = unicodedata.normalize("NFC", entry.name)
+            if not os.path.exists(entry.path):
+                raise UserError(f"{entry.path} is a link to nothing: mend or remove it")
+            if name in folders:
+                raise UserError(f"{directory} has two class folders named {name}, in two Unicode "
+                                "forms of the same letters: put their images into one")
+            if name.startswith("."):
+                self.left_out["hidden folder(s)"] += entry.is_dir()
+            elif entry.is_dir():
+                folders[name] = entry.path
+            else:
+                self.left_out["beside the class folders"] += 1
+        if not folders:
             raise UserError(f"{directory} has no class folders: expected one folder of images "
                             "for each class")
-        classes = self.known_classes or present
-        unknown = sorted(set(present) - set(classes))
+        classes = self.known_classes or list(folders)
+        labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(classes)}
+        unknown = sorted(folders.keys() - labels.keys())
         if unknown:
             raise UserError(f"{directory} has classes that the model does not know: "
                             f"{shorten(unknown)}; it knows {shorten(classes)}")
-        labels = {name: label for label, name in enumerate(classes)}
-        return classes, {name: labels[name] for name in present}
+        return classes, {path: labels[name] for name, path in folders.items()}
+
+    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *unused: object,
+                     allow_empty: bool = False, **others: object) -> list[tuple[str, int]]:
+        seen, samples = set(map(os.path.realpath, [directory, *class_to_idx])), []
+        for folder, label in class_to_idx.items():
+            samples += [(path, label) for path in find_images(folder, self.left_out, seen)]
+        with_images = {label for _, label in samples}
+        empty = [Path(folder).name for folder, label in class_to_idx.items()
+                 if label not in with_images]
+        if empty and not allow_empty:
+            raise UserError(f"{directory} has no images of the classes {shorten(empty)}: expected "
+                            f"files that end in {', '.join(IMAGE_SUFFIXES)}")
+        return samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.load(index, self.transform)
@@ -259,12 +330,16 @@ class ImageFolder(datasets.ImageFolder):
         with ThreadPool(Machine.usable_cores()) as pool:
             return [path for path, failed in zip(paths, pool.map(is_unreadable, paths)) if failed]
 
+    def tell_left_out(self) -> None:
+        """Print what else the folder holds, if anything."""
+        tell_left_out(self.root, self.left_out)
+
     def leave_out(self, paths: list[str]) -> None:
         """Go on without these images, and say which."""
         if not paths:
             return
-        print(f"{self.root}: {len(paths)} of {len(self)} images cannot be read and are left out:",
-              *sorted(paths), sep="\n  ")
+        print(f"{self.root}: {len(paths)} of {len(self)} images cannot be read and are left out: "
+              f"{shorten(sorted(paths))}")
         self.samples = self.imgs = [item for item in self.samples if item[0] not in set(paths)]
         self.targets = [label for _, label in self.samples]
         emptied = sorted(set(self.class_to_idx.values()) - set(self.targets))
@@ -750,6 +825,7 @@ def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
     folder = find_splits(args.data or checkpoint["data"], "val") / "val"
     dataset = ImageFolder(folder, val_transform(checkpoint["size"], normalized=False),
                           checkpoint["classes"])
+    dataset.tell_left_out()
     if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):
         dataset.leave_out(dataset.find_unreadable())
     return dataset
@@ -846,24 +922,25 @@ class Pictures(Dataset):
             return self.black, str(error)
 
 
-def find_images(paths: list[str]) -> list[str]:
-    """The files named, and the images in the folders named, sorted by name."""
-    found = []
+def find_named(paths: list[str]) -> list[str]:
+    """The files named, and the images in the folders named, each once."""
+    found = {}  # by real path
     for path in paths:
         inside = [path]
         if os.path.isdir(path):
-            inside = sorted(os.path.join(folder, name)
-                            for folder, _, names in os.walk(path, followlinks=True)
-                            for name in names if datasets.folder.is_image_file(name))
+            left_out = Counter()
+            inside = find_images(path, left_out, set())
+            tell_left_out(path, left_out)
             if not inside:
                 raise UserError(f"the folder {path} has no images in it")
-        found += inside
-    return found
+        for name in inside:
+            found.setdefault(os.path.realpath(name), name)
+    return list(found.values())
 
 
 def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) -> None:
     """Print the best classes of each image that --predict names, or why it cannot be read."""
-    pictures = Pictures(find_images(args.predict), checkpoint["size"])
+    pictures = Pictures(find_named(args.predict), checkpoint["size"])
     machine = open_machine(args, checkpoint)
     loader = machine.loader(pictures,
                             batch_size=args.batch_size or checkpoint["args"]["batch_size"])

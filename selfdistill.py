@@ -14,7 +14,6 @@ arXiv:1905.08094). Copy this file into a project of your own; it needs only torc
 
 Give the parameters of both, `model` and `criterion`, to the optimiser.
 """
-import contextlib
 import difflib
 import math
 import os
@@ -39,23 +38,34 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Images
 
+def is_upright(image: Image.Image) -> bool:
+    """Whether the rows and columns of an image are stored as they are to be seen."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except Exception:  # damaged EXIF data raise errors of many kinds
+        return True
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB, upright by its EXIF orientation.
 
-    16-bit values are scaled to 8 bits (Pillow alone would clip them); transparency is dropped.
+    Integers of more than 8 bits, which Pillow alone would clip, are scaled as values of 8, 12 or 16
+    bits, by the fewest that hold the greatest of them. Transparency is dropped.
 
     Raises:
-        ValueError: the pixels are floating-point numbers, whose range is not known.
+        ValueError: the range of the pixels is not known: floats, or integers beyond 16 bits.
     """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, of unknown range: save it with 8 or 16 bits")
-    turned = False
-    with contextlib.suppress(Exception):  # damaged EXIF data raise errors of many kinds
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    if turned:
+    if not is_upright(image):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        image = image.convert("I")
+        least, greatest = image.getextrema()
+        limits = [limit for limit in (255, 4095, 65535) if 0 <= least and greatest <= limit]
+        if not limits:
+            raise ValueError(f"pixels from {least} to {greatest}: save it with 8 or 16 bits")
+        image = image.point(lambda value: value * (255 / limits[0]) + 0.5).convert("L")
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels, of unknown range: save it with 8 or 16 bits")
     elif image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns of a transparent palette
     return image.convert("RGB")
@@ -103,7 +113,14 @@ def val_transform(size: int = 224, normalized: bool = True) -> v2.Compose:
         size: height and width of the result, in pixels (224 is cut out of 256). Default: 224
         normalized: as in `train_transform`. Default: True
     """
-    return _compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)], normalized)
+    return _compose([v2.Lambda(_middle, Tensor), v2.Resize(size * 256 // 224),
+                     v2.CenterCrop(size)], normalized)
+
+
+def _middle(image: Tensor) -> Tensor:
+    """The middle of a long image, as resizing all that no crop needs could fill the memory."""
+    height, width = image.shape[-2:]
+    return v2.functional.center_crop(image, [min(height, 4 * width), min(width, 4 * height)])
 
 
 # The network and its hooks

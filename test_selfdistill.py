@@ -40,6 +40,7 @@ import torchvision
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
+from torch.profiler import profile
 from torch.testing import assert_close
 from torchvision import datasets, models, transforms
 from torchvision.models import resnet18
@@ -160,28 +161,60 @@ class TransformTest(TestCase):
                         self.assertTrue((tensor.amin(dim=(1, 2)) >= low).all())
                         self.assertTrue((tensor.amax(dim=(1, 2)) <= high).all())
 
-    def test_values_of_16_bits_are_scaled_and_those_of_unknown_range_refused(self) -> None:
+    def test_values_above_8_bits_are_scaled_and_those_of_unknown_range_refused(self) -> None:
         path = self.folder / "image.tif"
-        for value, expected in ((0, 0), (32896, 128), (65535, 255)):
-            Image.new("I;16", (1, 1), value).save(path)
-            self.assertEqual(evaluate.load_image(str(path)).unique().tolist(), [expected])
-        Image.new("F", (8, 8), 0.7).save(path)
-        with self.assertRaisesRegex(evaluate.UnreadableImage, "image.tif: floating-point pixels"):
-            evaluate.load_image(str(path))
+        for mode, greatest, expected in (
+                ("I;16", 65535, [0, 128, 255]), ("I", 65535, [0, 128, 255]),
+                ("I;16", 4095, [0, 128, 255]), ("I;16", 255, [0, 128, 255]), ("I;16", 0, [0]),
+                ("I;16", 16383, [0, 32, 64]), ("I", 65536, "pixels from 0 to 65536: save it"),
+                ("I", -1, "pixels from -1 to 0"), ("F", 1, "floating-point pixels")):
+            with self.subTest(mode=mode, greatest=greatest):
+                image = Image.new(mode, (3, 1))
+                for x, value in enumerate((0, (greatest + 1) // 2, greatest)):
+                    image.putpixel((x, 0), value)
+                image.save(path)
+                if isinstance(expected, list):
+                    self.assertEqual(evaluate.load_image(str(path)).unique().tolist(), expected)
+                else:
+                    with self.assertRaisesRegex(evaluate.UnreadableImage, f"tif: {expected}"):
+                        evaluate.load_image(str(path))
 
-    def test_a_picture_is_seen_upright_by_its_exif_data_unless_they_are_damaged(self) -> None:
-        path, stored, exif = self.folder / "turned.jpg", Image.new("L", (64, 64)), Image.Exif()
-        stored.paste(255, (32, 0, 64, 64))  # the left half black, the right half white
+    def test_a_picture_is_seen_upright_wherever_its_file_says_how_it_lies(self) -> None:
+        path, exif = self.folder / "turned.jpg", Image.Exif()
+        stored = Image.new("RGB", (64, 64))
+        stored.paste((255, 255, 255), (32, 0, 64, 64))  # the left half black, the right half white
         exif[ExifTags.Base.Orientation] = 6  # shown turned clockwise: the left side at the top
-        stored.save(path, exif=exif, quality=95)
-        with Image.open(path) as image:
-            for source in (image, evaluate.load_image(str(path))):
-                upright = val_transform(64, normalized=False)(source)
-                self.assertLess(upright[:, :24].max(), 20)
-                self.assertGreater(upright[:, 40:].min(), 235)
+        for name, flags, segment in (
+                ("EXIF", {"exif": exif}, b""),
+                ("EXIF after XMP", {"exif": exif}, b"<x:xmpmeta/>"),
+                ("XMP alone", {}, b'<x:xmpmeta><a tiff:Orientation="6"/></x:xmpmeta>')):
+            stored.save(path, quality=95, **flags)
+            if segment:
+                segment = b"http://ns.adobe.com/xap/1.0/\0" + segment
+                segment = b"\xff\xe1" + (len(segment) + 2).to_bytes(2) + segment
+                path.write_bytes(b"\xff\xd8" + segment + path.read_bytes()[2:])
+            with self.subTest(name), Image.open(path) as image:
+                for source in (image, evaluate.load_image(str(path))):
+                    upright = val_transform(64, normalized=False)(source)
+                    self.assertLess(upright[:, :24].max(), 20)
+                    self.assertGreater(upright[:, 40:].min(), 235)
         path = self.folder / "damaged.png"
         stored.save(path, exif=b"Exif\0\0no TIFF")
-        assert_close(evaluate.load_image(str(path))[:1], functional.pil_to_tensor(stored))
+        assert_close(evaluate.load_image(str(path))[:1], functional.pil_to_tensor(stored)[:1])
+
+    def test_memory_is_bounded_by_an_images_own_pixels(self) -> None:
+        for shape in ((3, 1, 30_000), (3, 30_000, 1), (3, 1, 1)):
+            for transform in (train_transform(64), val_transform(64)):
+                with profile(profile_memory=True) as record:
+                    self.assertEqual(transform(torch.zeros(shape, dtype=torch.uint8)).shape,
+                                     (3, 64, 64))
+                largest = max(event.cpu_memory_usage for event in record.events())
+                self.assertLess(largest, 2_000_000, "bytes")
+        with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 1000):
+            for name in ("large.jpg", "large.png"):
+                Image.new("RGB", (50, 50)).save(self.folder / name)
+                with self.assertRaisesRegex(evaluate.UnreadableImage, f"{name}: .*2500 pixels"):
+                    evaluate.load_image(str(self.folder / name))
 
     def test_they_agree_with_the_published_transforms(self) -> None:
         normalized = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
@@ -627,10 +660,11 @@ class DataTest(TestCase):
         folder.mkdir(parents=True)
         for mode, suffix in (("1", "png"), ("L", "jpg"), ("LA", "png"), ("P", "png"),
                              ("RGB", "webp"), ("RGBA", "png"), ("CMYK", "jpg"), ("CMYK", "tiff"),
-                             ("I;16", "png"), ("I", "tiff")):
+                             ("I;16", "png"), ("I", "tiff"), ("P", "GIF"), ("RGB", "jpg")):
             Image.new(mode, (9, 5)).save(folder / f"{mode.replace(';', '')}.{suffix}")
+        (folder / "RGB.jpg").rename(folder / "RGB.jfif")
         data = evaluate.ImageFolder(self.folder / "val", val_transform(32, normalized=False))
-        self.assertEqual([image.shape for image, _ in data], 10 * [(32, 32, 3)])
+        self.assertEqual([image.shape for image, _ in data], 12 * [(32, 32, 3)])
 
     def test_a_jpeg_is_read_as_pillow_reads_it(self) -> None:
         path = self.folder / "image.jpg"
@@ -640,9 +674,9 @@ class DataTest(TestCase):
                 picture.save(path, progressive=progressive)
                 with Image.open(path) as image:
                     expected = functional.pil_to_tensor(selfdistill.to_rgb(image))
-                for owner, missing in ((Image, "open"), (torchvision.io, "decode_jpeg")):
-                    with mock.patch.object(owner, missing, side_effect=AttributeError):
-                        assert_close(evaluate.load_image(str(path)), expected)
+                assert_close(evaluate.load_image(str(path)), expected)
+                with mock.patch.object(torchvision.io, "decode_jpeg", side_effect=AttributeError):
+                    assert_close(evaluate.load_image(str(path)), expected)
 
     def test_a_missing_imagenette_is_downloaded_whole_or_not_at_all(self) -> None:
         def download(root: str, size: str, download: bool) -> None:
@@ -668,11 +702,56 @@ class DataTest(TestCase):
         with self.assertRaisesRegex(evaluate.UserError, "several folders .*inner, .*other: name"):
             train.find_data(str(self.folder / "outer"))
 
-    def test_images_are_found_in_linked_folders_too(self) -> None:
-        write_images(self.folder / "images", train_count=1, val_count=1)
-        (self.folder / "linked").mkdir()
-        (self.folder / "linked" / "val").symlink_to(self.folder / "images" / "val")
-        self.assertEqual(len(evaluate.find_images([str(self.folder / "linked")])), 3)
+    def test_each_image_is_found_once_through_links_and_what_is_no_image_is_told(self) -> None:
+        write_images(self.folder / "elsewhere", train_count=2, val_count=1)
+        folder = self.folder / "train"
+        (folder / "star" / ".thumbnails").mkdir(parents=True)
+        for name in ("star/.thumbnails/0.png", "star/._0.png", "star/0.HEIC", "star/1.heic",
+                     "star/notes", ".hidden", "loose.jpg", "star/0.JPG"):
+            (folder / name).write_bytes(b"")
+        for link, target in (("circle", "elsewhere/train/circle"), ("star/deep", "elsewhere"),
+                             ("star/back", "train"), ("star/up", "."), ("star/self", "train/star"),
+                             ("star/again", "elsewhere/val")):
+            (folder / link).symlink_to(self.folder / target)
+        note = f"note: left out of {folder}, files and folders: "
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            data = evaluate.ImageFolder(folder, None)
+            data.tell_left_out()
+            named = evaluate.find_named([str(folder), str(folder / "star" / "0.JPG")])
+        names = [path.removeprefix(f"{folder}/") for path in data.paths]
+        self.assertEqual(names[:3], ["circle/0.png", "circle/1.png", "star/0.JPG"])
+        self.assertEqual(names[3:], [f"star/{name}/0.png" for name in (
+            "again/circle", "again/square", "again/star")] + [
+            f"star/deep/train/{name}/{k}.png" for name in ("square", "star") for k in (0, 1)])
+        self.assertEqual(data.targets, [0] * 2 + [1] * 8)
+        self.assertEqual(sorted(map(os.path.realpath, named)),
+                         sorted(map(os.path.realpath, [*data.paths, folder / "loose.jpg"])))
+        kinds = "2 .heic, 1 hidden folder(s), 1 beside the class folders, 1 without suffix"
+        self.assertEqual(output.getvalue().splitlines(),
+                         [note + kinds, note + "2 .heic, 1 hidden folder(s), 1 without suffix"])
+
+    def test_class_folders_that_cannot_be_used(self) -> None:
+        for names, message in (
+                (("cafe\u0301", "caf\u00e9"), "has two class folders named caf\u00e9, in two"),
+                (("gone",), "gone is a link to nothing"),
+                (("locked",), "cannot read the folder .*locked: Permission denied")):
+            folder = self.folder / names[0]
+            for name in names:
+                (folder / name).mkdir(parents=True)
+            if "gone" in names:
+                (folder / "gone").rmdir()
+                (folder / "gone").symlink_to("nowhere")
+            denied = PermissionError(13, "Permission denied", str(folder / names[0]))
+            with (self.subTest(names), self.assertRaisesRegex(evaluate.UserError, message),
+                  mock.patch("os.walk", lambda *_, onerror, **__: onerror(denied))):
+                evaluate.ImageFolder(folder, None)
+
+    def test_classes_match_whatever_their_unicode_form(self) -> None:
+        write_images(self.folder, ("star",))
+        (self.folder / "val" / "star").rename(self.folder / "val" / "cafe\u0301")
+        self.assertEqual(evaluate.ImageFolder(self.folder / "val", None).classes, ["caf\u00e9"])
+        known = evaluate.ImageFolder(self.folder / "val", None, ["bar", "cafe\u0301"])
+        self.assertEqual(known.targets, [1, 1, 1])
 
 
 class CheckTest(TestCase):
@@ -704,9 +783,8 @@ class CheckTest(TestCase):
         (path["train"] / "circle" / "photo.heic").write_bytes(b"")
         (path["train"] / "empty").mkdir()
         code, lines = self.check()
-        self.assertEqual((code, lines[2:]), (1, [
-            "note: 1 files in train/ that are ignored, by their suffix no images",
-            "  train/circle/photo.heic",
+        self.assertEqual(lines[0], "note: left out of train, files and folders: 1 .heic")
+        self.assertEqual((code, lines[3:]), (1, [
             "note: 1 images twice or more in the same class of the same split",
             "  train/star/1.png = train/star/again.png",
             "problem: 1 classes without readable images in train/",
@@ -1457,8 +1535,7 @@ class ResumeTest(ImagesTestCase):
         Image.new("1", (20000, 20000)).save(bad[1])  # over Pillow's limit for a bomb
         printed = self.train("--skip-unreadable")
         for path, count in zip(bad, (18, 9)):
-            self.assertIn(f"1 of {count} images cannot be read and are left out:\n  {path}",
-                          printed)
+            self.assertIn(f"1 of {count} images cannot be read and are left out: {path}", printed)
         self.assertIn("17 train and 8 val images", printed)
         self.resume()
         line, = read_log(self.out)
@@ -1898,7 +1975,7 @@ class BadInputTest(ImagesTestCase):
                            (("--data", flat), "no class folders"),
                            ((), "classes of train/ and val/ .* differ: .* star"))
         (self.data / "train" / "star").mkdir()
-        self.assert_errors(train.main, ((), "images.train: .*no valid file for the classes star"))
+        self.assert_errors(train.main, ((), "train has no images of the classes star: expected"))
 
     def test_an_image_that_cannot_be_read_is_named(self) -> None:
         self.data = write_images(self.folder / "images", train_count=2, val_count=1)

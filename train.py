@@ -194,8 +194,9 @@ def open_splits(data: str | None, size: int,
     if unmatched:
         raise UserError(f"the classes of train/ and val/ in {folder} differ: only one of them "
                         f"has {shorten(unmatched)}")
-    if skip_unreadable:
-        for images in (train_set, val_set):
+    for images in (train_set, val_set):
+        images.tell_left_out()
+        if skip_unreadable:
             images.leave_out(gather(images.find_unreadable(slice(rank(), None, world_size()))))
     return train_set, val_set
 
@@ -640,7 +641,8 @@ class Trainer:
             for what, now, then in compared:
                 if now != then:
                     raise UserError(f"{Path(self.train_set.root).parent} has changed since the run "
-                                    f"began: {what} {now} now, {then} then")
+                                    f"began: {what} {textwrap.shorten(str(now), 200)} now, "
+                                    f"{textwrap.shorten(str(then), 200)} then")
             self.load_state_dict(checkpoint["run"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError("the checkpoint cannot be resumed, as it is damaged or of another "
@@ -1009,6 +1011,7 @@ def check(args: argparse.Namespace) -> int:
     problems, notes, classes, copies = {}, {}, {}, defaultdict(list)
     for split in ("train", "val"):
         images = ImageFolder(folder / split, transform=None, allow_empty=True)
+        images.tell_left_out()
         classes[split], found = set(images.classes), examine(images, split, args.workers)
         counts = Counter(images.classes[label] for label in images.targets).most_common()
         print(f"{split + '/':7}{len(images)} images, {len(images.classes)} classes"
@@ -1022,9 +1025,6 @@ def check(args: argparse.Namespace) -> int:
             classes[split] - {name for _, name, _ in readable})
         (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
             error for error in found if isinstance(error, str)]
-        notes[f"files in {split}/ that are ignored, by their suffix no images"] = sorted(
-            str(file) for file in Path(images.root).rglob("[!.]*") if file.is_file()
-            and file.suffix.lower() not in datasets.folder.IMG_EXTENSIONS)
     problems["classes that only one of train/ and val/ has"] = sorted(
         classes["train"] ^ classes["val"])
     for group in copies.values():
