@@ -8,7 +8,11 @@
 needs nothing else: the data, image size, batch size and precision are in the checkpoint, and the
 figures equal those that train.py logged for its epoch. For another folder's `val/`: `--data DIR`.
 """
+import os
 import sys
+
+if __name__ == "__main__":  # `python -P` leaves the script's folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 try:
     import torch
@@ -28,8 +32,8 @@ import io
 import json
 import math
 import multiprocessing
-import os
 import re
+import shutil
 import signal
 import tempfile
 import textwrap
@@ -63,8 +67,15 @@ SIZES = (32, 2048)  # least and greatest height and width of an image, in pixels
 IMAGE_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe", ".gif",
                   *([".avif"] if features.check("avif") else []))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# In torch's messages: of accelerators, of CPUs, of a loader's workers, and of what these share.
-OUT_OF_MEMORY = ("out of memory", "t allocate memory", "DataLoader worker (pid", "shared memory")
+MEMORY = ("out of memory: use a smaller --batch-size, fewer --workers, more shared memory (docker "
+          "run --shm-size), or train at a smaller --size")
+FILES = "too many open files: use fewer --workers, or raise the limit (ulimit -n)"
+COMPILER = "--compile needs a C++ compiler here: install one, or go without --compile"
+# What to tell by what torch's messages say: of accelerators, CPUs, a loader's workers and what they
+# share, and compilers. The first that fits.
+FAILURES = {"Too many open files": FILES, "ancdata": FILES, "C++ compiler": COMPILER,
+            "out of memory": MEMORY, "t allocate memory": MEMORY, "DataLoader worker (pid": MEMORY,
+            "shared memory": MEMORY}
 
 
 class UserError(Exception):
@@ -73,26 +84,58 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; a user's mistake ends in one line on stderr and exit code 1."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
+    if sys.stdout is None:  # closed by `>&-`
+        sys.stdout = open(os.devnull, "w")
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = Output(sys.stdout.buffer, sys.stdout.encoding, "backslashreplace",
+                            line_buffering=sys.stdout.line_buffering)
     script = Path(sys.argv[0]).name
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         hint = " (--skip-unreadable leaves such images out)"
-        sys.exit(f"{script}: error: {error}" + hint * isinstance(error, UnreadableImage))
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        sys.exit(f"{script}: error: {printable(str(error))}"
+                 + hint * isinstance(error, UnreadableImage))
+    except (RuntimeError, OSError) as error:
+        reasons = [reason for sign, reason in FAILURES.items() if sign in str(error)]
+        if not reasons:
             raise
-        sys.exit(f"{script}: error: out of memory: use a smaller --batch-size, fewer --workers, "
-                 "more shared memory (docker run --shm-size), or train at a smaller --size")
-    except BrokenPipeError:  # of `evaluate.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(f"{script}: error: {reasons[0]}")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+class Output(io.TextIOWrapper):
+    """Standard output that ends no run: what it cannot write any more is lost, and said once.
+
+    A reader that has enough, as in `evaluate.py ... | head`, is not worth a word.
+    """
+
+    def write(self, text: str) -> int:
+        with self.giving_up():
+            super().write(text if text == Progress.CLEAR else
+                          "\n".join(map(printable, text.split("\n"))))
+        return len(text)
+
+    def flush(self) -> None:
+        with self.giving_up():
+            super().flush()
+
+    @contextlib.contextmanager
+    def giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if not isinstance(error, BrokenPipeError):
+                print(f"standard output is lost from here on: {error.strerror}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, of a file's name say, as escape sequences."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,6 +180,8 @@ class Progress:
         later: what follows `total`, for the time left. Default: 0
     """
 
+    CLEAR = "\r\033[K"  # the line
+
     def __init__(self, what: str, total: int, done: int = 0, later: int = 0) -> None:
         self.what, self.total, self.done, self.later = what, total, done, later
         self.began, self.start, self.due = done, time.perf_counter(), 0.0
@@ -162,9 +207,11 @@ class Progress:
 
     @staticmethod
     def rewrite(text: str = "") -> None:
-        """Replace the line, by nothing unless a text is given."""
+        """Replace the line, by nothing unless a text is given, and within the terminal's width."""
         if sys.stdout.isatty():
-            print(f"\r\033[K{text}", end="", flush=True)
+            text = text[:shutil.get_terminal_size().columns - 1]
+            print(Progress.CLEAR, end="")
+            print(text, end="", flush=True)
 
 
 def shorten(names: Iterable, most: int = 10) -> str:
@@ -439,13 +486,15 @@ class Machine:
         for images, others in batches:
             with self.autocast():
                 outputs = model(self.prepare(images))
-            yield outputs.float(), others
+            # A worker's tensor, if kept, would keep a file open.
+            yield outputs.float(), others.clone() if isinstance(others, Tensor) else others
 
 
 def leave_signals_to_main(worker: int) -> None:
     """Let a loader's worker outlive signals to all processes: the main one still needs it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # to end by, in seconds
 
 
@@ -590,12 +639,13 @@ def read_checkpoint(path: str | Path) -> dict:
 def write_file(path: str | Path, content: bytes) -> None:
     """Write a file whole or not at all, under another name first; make its folder if needed."""
     target = Path(os.path.realpath(path))  # a link stays one
-    temporary = target.parent / f".{target.name}.tmp"
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         if target.exists() and not target.is_file():
             raise UserError(f"cannot write {path}: it is not a regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # anew, so that no link is followed
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -972,8 +1022,12 @@ def write_json(path: str, figures: dict | list) -> None:
 
 
 def write_csv(path: str, rows: Iterable[tuple]) -> None:
+    def harmless(cell: object) -> object:  # where a spreadsheet would run it as a formula
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r")) else cell
+
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([("path", "label", "prediction", "confidence"), *rows])
+    csv.writer(text).writerows([("path", "label", "prediction", "confidence"),
+                                *(map(harmless, row) for row in rows)])
     write_file(path, text.getvalue().encode(errors="surrogateescape"))
 
 
@@ -986,7 +1040,7 @@ def export_checked(args: argparse.Namespace, checkpoint: dict, model: nn.Module)
     size = checkpoint["size"]
     print(f"{args.export}: {checkpoint['arch']}, {len(checkpoint['classes'])} classes; takes "
           f"normalised images (N, 3, {size}, {size}); its outputs for {len(images)} val images are "
-          f"the network's, to {difference:.1g}")
+          f"the network's, to {difference:.1g} of the largest")
 
 
 def export(model: nn.Module, checkpoint: dict, path: Path, images: Tensor) -> float:
@@ -998,7 +1052,7 @@ def export(model: nn.Module, checkpoint: dict, path: Path, images: Tensor) -> fl
         path: ends in one of EXPORTS.
         images: to compare outputs on, normalised: (N, 3, H, W), at least 2.
 
-    Returns: the largest difference of a logit.
+    Returns: the largest difference of a logit, as a fraction of the largest logit.
     """
     metadata = {key: json.dumps(checkpoint[key])
                 for key in ("arch", "classes", "size", "mean", "std")}
@@ -1014,10 +1068,11 @@ def export(model: nn.Module, checkpoint: dict, path: Path, images: Tensor) -> fl
             found = torch.export.load(file).module()(images)
         else:
             found = export_onnx(model, images, dynamic, metadata, file)
-        difference = (found - model(images)).abs().max().item()
+        expected = model(images)
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
         if not difference <= 1e-4:
             raise UserError(f"{path} is not written: its outputs would differ from the network's "
-                            f"by up to {difference:.2g}")
+                            f"by up to {difference:.2g} of the largest")
         write_file(path, file.read_bytes())
     return difference
 

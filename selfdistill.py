@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision import models
 from torchvision.transforms import v2
 
@@ -140,8 +141,8 @@ class HookedModel(nn.Module):
     Shape:
         - images: (N, 3, H, W)
         - returns logits (N, K), student features (N, C_s, H_s, W_s), or a tuple of them for a
-          sequence of names, and teacher features (N, C_t, H_t, W_t); features of transformers are
-          tokens (N, L, C)
+          sequence of names, and teacher features (N, C_t, H_t, W_t); those of vision transformers
+          are tokens (N, L, C), those of Swin transformers, (N, H, W, C), are turned into maps
 
     Raises:
         ValueError: a layer is not in the network; the message lists close matches.
@@ -193,12 +194,12 @@ class HookedModel(nn.Module):
             if version != _version(output):
                 raise RuntimeError(f"the output of layer {name!r} is changed in place by a later "
                                    "layer: name that one")
-            features.append(output)
+            features.append(_channels_first(output))
         *students, teacher = features
         return logits, tuple(students) if self.several else students[0], teacher
 
     def dry_run(self, size: int = 224) -> tuple[Tensor, Tensor | tuple[Tensor, ...], Tensor]:
-        """Forward one black image of `size` pixels, in eval mode; the network stays as it is."""
+        """Forward two black images of `size` pixels, in eval mode; the network stays as it is."""
         return _dry_run(self, size)
 
     def feature_channels(self, size: int = 224) -> tuple[int | tuple[int, ...], int]:
@@ -210,10 +211,10 @@ class HookedModel(nn.Module):
         _, students, teacher = self.dry_run(size)
         channels = []
         for name, features in zip(self.layer_names, (*as_tuple(students), teacher)):
-            if not (_is_map(features) or isinstance(features, Tensor) and features.ndim == 3):
+            if not (_is_map(features) or _is_tokens(features)) or len(features) != 2:
                 shape = tuple(getattr(features, "shape", ())) or type(features).__name__
                 raise ValueError(f"layer {name!r} gives features of the shape {shape}, which are "
-                                 "neither maps (N, C, H, W) nor tokens (N, L, C)")
+                                 "neither maps (N, C, H, W) nor tokens (N, L, C) of N = 2 images")
             channels.append(pooled(features).shape[1])
         return tuple(channels[:-1]) if self.several else channels[0], channels[-1]
 
@@ -248,7 +249,7 @@ def as_tuple(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def pooled(features: Tensor) -> Tensor:
     """Mean of maps (N, C, H, W) over the image, or of tokens (N, L, C): (N, C)."""
-    return features.mean(dim=(2, 3) if features.ndim == 4 else 1)
+    return _channels_first(features).mean(dim=(2, 3) if features.ndim == 4 else 1)
 
 
 def _find_layer(model: nn.Module, name: str) -> nn.Module:
@@ -270,15 +271,27 @@ def _dry_run(network: nn.Module, size: int) -> object:
     network.eval()  # in training mode it would move the batch norms' statistics
     like = next(network.parameters())
     try:
-        return network(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
+        return network(torch.zeros(2, 3, size, size, device=like.device, dtype=like.dtype))
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
 def _is_map(output: object) -> bool:
-    """Whether this is a feature map (N, C, H, W) of a square image; (N, H, W, C) is none."""
-    return isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3]
+    """Whether these are feature maps of square images: (N, C, H, W), or (N, H, W, C)."""
+    return isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] in (
+        output.shape[1], output.shape[3])
+
+
+def _is_tokens(output: object) -> bool:
+    return isinstance(output, Tensor) and output.ndim == 3
+
+
+def _channels_first(features: Tensor) -> Tensor:
+    """Maps (N, H, W, C) of a square image as (N, C, H, W); all others as they are."""
+    if _is_map(features) and features.shape[1] == features.shape[2] != features.shape[3]:
+        return features.permute(0, 3, 1, 2)
+    return features
 
 
 def find_layers(model: nn.Module, size: int = 224,
@@ -301,7 +314,7 @@ def find_layers(model: nn.Module, size: int = 224,
     outputs: dict[str, tuple[Tensor, int]] = {}  # by module, in the order in which they finish
 
     def record(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and output.shape[:1] == (2,):  # images
             outputs[name] = output, _version(output)
 
     handles = [module.register_forward_hook(partial(record, name))
@@ -312,6 +325,8 @@ def find_layers(model: nn.Module, size: int = 224,
         for handle in handles:
             handle.remove()
 
+    names = list(outputs)  # but for the classifier and what follows it
+    outputs = {name: outputs[name] for name in names[:names.index(find_classifier(model))]}
     stages: dict[int, str] = {}  # by the height of maps, the last of the outermost layers
     blocks = defaultdict(list)  # of tokens, by parent and type
     # Of the layers that hand on one output, the outermost; none that is changed in place.
@@ -322,7 +337,7 @@ def find_layers(model: nn.Module, size: int = 224,
             if name.count(".") <= stages.get(height, name).count("."):
                 stages[height] = name
     for name, (output, _) in outputs.items():
-        if output.ndim == 3:
+        if _is_tokens(output):
             blocks[name.rpartition(".")[0], type(modules[name])].append(name)
     depth = max(2, students)
     if len(stages) > depth:
@@ -331,8 +346,12 @@ def find_layers(model: nn.Module, size: int = 224,
     else:
         layers = max(blocks.values(), key=len, default=[])
         if len(layers) < 2 * students:
+            usable = [name for name, (output, _) in outputs.items()
+                      if _is_map(output) or _is_tokens(output)]
             raise ValueError(f"no {students + 1} layers of {type(model).__name__} suggest "
-                             "themselves as student and teacher: give their names")
+                             "themselves as student and teacher: give their names, of "
+                             f"{', '.join(usable[:5]) or 'layers that give maps or tokens'}"
+                             + f" or {len(usable) - 5} more" * (len(usable) > 5))
         found = [layers[len(layers) * (students + k) // (2 * students) - 1]
                  for k in range(students)]
         teacher = layers[-1]
@@ -354,9 +373,9 @@ def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = 
         arch: name of a function in torchvision.models, such as "resnet50".
         num_classes: outputs of the classifier, at least 1.
         weights: "imagenet" (torchvision's best, downloaded once), "none" (random), or a file that
-            holds a state dict of this network, alone or under the key "model". A file's
-            classifying layer is kept if it has `num_classes` outputs; otherwise it is made anew.
-            Default: "imagenet"
+            holds a state dict of this network, alone or under "model" or "state_dict", as saved
+            from DistributedDataParallel or torch.compile, too. A file's classifying layer is kept
+            if it has `num_classes` outputs; otherwise it is made anew. Default: "imagenet"
         student_layer: see `HookedModel`. Default: as published, "layer2.1" for resnet18 (and
             "layer3.1" for a second one); for others as `find_layers` has it
         teacher_layer: the same; for resnet18 "layer4.1".
@@ -404,7 +423,10 @@ def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> No
     else:
         state = load_tensors(weights)
     try:
-        state, own, head = state.get("model", state), model.state_dict(), find_classifier(model)
+        state = state.get("model", state.get("state_dict", state))
+        for prefix in ("module.", "_orig_mod.", "module."):
+            consume_prefix_in_state_dict_if_present(state, prefix)
+        own, head = model.state_dict(), find_classifier(model)
         for name in own.keys() & {f"{head}.weight", f"{head}.bias"}:
             if weights == "imagenet" or state[name].shape != own[name].shape:
                 state[name] = own[name]

@@ -1039,11 +1039,11 @@ class TrainingTest(ImagesTestCase):
     def test_a_line_an_epoch_is_printed_and_on_a_terminal_one_that_is_rewritten(self) -> None:
         lines = [line for line in self.printed.splitlines() if not line.startswith("note: ")]
         self.assertEqual([line.split()[0] for line in lines], ["data", "network", "machine",
-                         "recipe", "epoch", "epoch", "best", "python"])
+                         "recipe", "epoch", "1/2", "2/2", "best", "python"])
         self.assertIn("18 train and 9 val images, 3 classes", lines[0])
         self.assertIn("student layer2.1, layer3.1, teacher layer4.1", lines[1])
-        self.assertRegex(lines[4], r"epoch 1/2  loss \d\.\d+  train acc \d\.\d+, early \d\.\d+ "
-                                   r"\d\.\d+, cosine \d\.\d+  val acc \d\.\d+  ")
+        self.assertRegex(lines[5], r" 1/2( +\d\.\d+){2} +\d\.\d+ \d\.\d+ +cos \d\.\d+( +\d+\.\d+)")
+        self.assertEqual([len(line) for line in lines[4:7]], [79] * 3)
         self.assertNotIn("\r", self.printed)
         with contextlib.redirect_stdout(io.StringIO()) as output:
             output.isatty = lambda: True
@@ -1122,7 +1122,7 @@ class TrainingTest(ImagesTestCase):
         torch.save(weights, self.folder / "weights.pth")
         printed = self.train(*RESNET18, "--data", self.folder / "images", "--size", 64,
                              "--lr", 1e-9, "--weights", self.folder / "weights.pth")
-        self.assertRegex(printed, "epoch 0/1  only the classifiers fitted  val acc .* lr 1e-09  ")
+        self.assertRegex(printed, "epoch 0 +val acc 1.0000, only the classifiers .* lr 1e-09\n")
         self.assertIn("note: training gained nothing over epoch 0, which best.pt holds", printed)
         best, (line,) = load(self.out / "best.pt"), read_log(self.out)
         self.assertEqual((best["epoch"], line["epoch"]), (0, 1))
@@ -1183,10 +1183,10 @@ class TrainingTest(ImagesTestCase):
         self.assert_errors(evaluate.main,
                            ((best, "--data", other), "does not know: cross; it knows"))
 
-    def test_a_loss_that_is_not_finite_stops_after_the_good_state_is_saved(self) -> None:
+    def test_a_loss_that_is_not_finite_stops_before_it_is_saved(self) -> None:
         self.assert_errors(train.main, (("--lr", "1e30", "--epochs", 3, "--batch-size", 4),
                                         "not finite in epoch 1.*try a lower --lr"))
-        self.assertTrue(all(value.isfinite().all() for value in self.last()["model"].values()))
+        self.assertFalse(self.out.exists())
 
 
 class ComparisonTest(ImagesTestCase):
@@ -1316,6 +1316,17 @@ def train_as_a_script(arguments: list[str], log: Path, prepare: Callable) -> Non
         evaluate.kill_workers()  # as a script does at exit
 
 
+def ignore_hangup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def print_to(path: str) -> None:
+    """Have standard output go to this file, or, without one, to a pipe that nobody reads."""
+    ends = os.pipe()
+    os.close(ends[0])
+    sys.stdout = sys.__stdout__ = open(path or ends[1], "w")
+
+
 def limit_file_size(size: int) -> None:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -1411,7 +1422,7 @@ class ResumeTest(ImagesTestCase):
     def test_sigusr1_saves_and_goes_on_and_other_signals_finish_the_step_and_save(self) -> None:
         for number, code, workers in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)):
             process, positions = self.start("out", "--epochs", 10000, "--workers", workers), set()
-            process.wait_for("epoch 1/10000")
+            process.wait_for("1/10000 ")
             while len(positions) < 2:  # epochs alone, without a batch, would be saved at their ends
                 os.kill(process.pid, signal.SIGUSR1)
                 time.sleep(0.05)
@@ -1425,6 +1436,39 @@ class ResumeTest(ImagesTestCase):
                              f"--resume {self.out}/last.pt$")
             evaluate.read_checkpoint(self.out / "last.pt")
             self.assertFalse(list(self.out.glob(".*")))
+
+    @unittest.skipUnless(train.fcntl, "folders cannot be locked")
+    def test_a_folder_belongs_to_one_run_until_it_ends_or_is_killed(self) -> None:
+        first = self.start("out", "--epochs", 10000, "--workers", 1)
+        first.wait_for("1/10000 ")
+        for flags in ((), ("--resume", "--epochs", 10000), ("--compare", 2)):
+            self.assert_errors(train.main, (flags, "another run is writing to .*out: wait for it"))
+        os.killpg(first.pid, signal.SIGSTOP)  # the worker stays, whatever becomes of its parent
+        os.kill(first.pid, signal.SIGKILL)
+        first.join()
+        self.train()
+        os.killpg(first.pid, signal.SIGKILL)
+
+    def test_a_lost_terminal_or_pipe(self) -> None:
+        """SIGHUP stops a run unless it is ignored; standard output may be closed or full."""
+        for name, prepare, code, end in (
+                ("hangup", int, 129, "stopped in epoch .*"),
+                ("nohup", ignore_hangup, 143, "stopped in epoch .*"),
+                ("full", partial(print_to, "/dev/full"), 0, "standard output is lost from here on: "
+                 "No space left on device"),
+                ("pipe", partial(print_to, ""), 0, "")):
+            with self.subTest(name):
+                goes_on = code > 0
+                process = self.start(name, "--epochs", 10000 if goes_on else 2, prepare=prepare)
+                if goes_on:
+                    process.wait_for("1/10000 ")
+                    os.killpg(process.pid, signal.SIGHUP)
+                if name == "nohup":
+                    time.sleep(0.5)
+                    os.killpg(process.pid, signal.SIGTERM)
+                self.assertEqual(process.exit_code(), code, process.printed())
+                self.assertRegex(process.printed(), f"(^|\n){end}\n?$")
+                self.assertTrue(goes_on or len(read_log(self.folder / name)) == 2)
 
     def test_a_second_ctrl_c_stops_at_once_but_not_a_second_sigterm(self) -> None:
         before = signal.getsignal(signal.SIGINT)  # ignored, in a job in the background
@@ -1600,7 +1644,7 @@ class ProcessesTest(ImagesTestCase):
         flags = ("--batch-size", 4, "--recipe", "blog", "--epochs", 2)
         self.finish(self.start_group(1, "expected", *flags))
         processes = self.start_group(2, "out", *flags)
-        processes[0].wait_for("epoch 1/2")
+        processes[0].wait_for(" 1/2 ")
         os.kill(processes[1].pid, signal.SIGTERM)  # a signal to one stops all
         self.finish(processes, code=143)
         self.assertIn("go on with: torchrun ... train.py", processes[0].printed())
@@ -1634,7 +1678,7 @@ class ProcessesTest(ImagesTestCase):
         self.addCleanup(process.wait)
         self.addCleanup(process.terminate)
         wait = partial(wait_for, log=log, is_alive=lambda: process.poll() is None)
-        wait("epoch 2/10000")
+        wait("2/10000 ")
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(ranks[1]), signal.SIGKILL)
         wait("data   ", times=2)
@@ -2054,15 +2098,29 @@ class BadInputTest(ImagesTestCase):
     def test_an_out_folder_that_cannot_be_written(self) -> None:
         file = self.folder / "file"
         file.write_text("")
-        self.assert_errors(train.main, (("--out", file), "cannot write .*file.last.pt: "))
+        self.assert_errors(train.main, (("--out", file), "cannot write to .*file: File exists"))
         self.assert_errors(evaluate.main, ((self.write_checkpoint(), "--workers", 0, "--json",
                                             file / "figures.json"), "cannot write .*figures.json"))
         with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")):
             self.assert_errors(train.main, ((), r"cannot write .*last\.pt: No space left"))
-        self.assertEqual(os.listdir(self.out), [])
+        self.assertFalse(self.out.exists())
+        (self.out).mkdir()
         (self.out / "last.pt").write_bytes(b"")
-        with mock.patch.object(Path, "rename", side_effect=OSError(13, "Permission denied")):
-            self.assert_errors(train.main, ((), r"cannot rename .*last\.pt: Permission denied"))
+        for target, error in ((Path, "rename"), (os, "access")):
+            with mock.patch.object(target, error, side_effect=OSError(13, "Permission denied")):
+                self.assert_errors(train.main, ((), "cannot write to .*out: Permission denied"))
+
+    def test_a_failed_start_leaves_everything_as_it_was(self) -> None:
+        (self.out / "compare").mkdir(parents=True)
+        for name in ("best.pt", "last.pt", "log.jsonl", "compare.json"):
+            (self.out / name).write_text("earlier")
+        before = sorted(self.out.rglob("*"))
+        failure = evaluate.UserError("as it must")
+        for flags in ((), ("--compare", 2)):
+            with mock.patch.object(train.Trainer, "step", side_effect=failure):
+                self.assert_errors(train.main, (flags, "error: as it must"))
+            self.assertEqual(sorted(self.out.rglob("*")), before)
+            self.assertEqual((self.out / "last.pt").read_text(), "earlier")
 
     def test_what_cannot_be_predicted_or_exported(self) -> None:
         checkpoint = self.write_checkpoint(exits={"layer2.1": nn.Linear(128, 3).state_dict()})

@@ -8,33 +8,44 @@ log.jsonl (a line an epoch). Without --data it trains on a small data set that i
 `python evaluate.py best.pt` tells how good the result is. On several processes or machines:
 `torchrun --nproc-per-node N train.py ...`, the same job.
 """
-# First of all, as it checks that torch and torchvision fit together.
+import os
+import sys
+
+if __name__ == "__main__":  # `python -P` leaves the script's folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+# Before torch, as it checks that torch and torchvision fit together.
 from evaluate import (SIZES, ImageFolder, Machine, Parser, Predictions, Progress, UserError,
                       find_splits, read_checkpoint, report_html, run_script, shorten, write_file)
 
 import argparse
 import contextlib
 import copy
+import errno
 import hashlib
 import io
 import itertools
 import json
 import math
-import os
 import random
 import shlex
 import shutil
 import signal
 import statistics
-import sys
 import tempfile
 import textwrap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from math import cos, pi, sin
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -92,6 +103,7 @@ LR_PER_ERROR = 0.025
 GIVEN_SHARE, GIVEN_POWER = 0.5, 8
 ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
         "distillation": {}}  # of --compare, by what they change
+LAST_SEED = 2 ** 32 - 1
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
 
 
@@ -161,8 +173,9 @@ def process_group() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
+    # One process may download or check for long, while the others wait.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                            **store_of_attempt())
+                            timeout=timedelta(days=7), **store_of_attempt())
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_node_local_rank() % torch.cuda.device_count())
     torch.set_num_threads(Machine.usable_cores())  # torchrun leaves each process one thread
@@ -334,6 +347,7 @@ class Trainer:
     """
     COUNTERS = ("epoch", "batch", "seconds", "totals", "log", "best_epoch", "best_acc",
                 "start_acc")
+    HEADER = ("epoch", "loss", "train acc", "early acc", "hint", "val acc", "images/s", "time")
 
     def __init__(self, args: argparse.Namespace, machine: Machine, train_set: ImageFolder,
                  val_set: ImageFolder, resumed: bool = False) -> None:
@@ -345,6 +359,7 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.make_network("none" if resumed else args.weights)
         self.make_optimizer()
+        self.resumed = resumed
         self.signals, self.stop, self.saved = Signals(), 0, time.monotonic()
         self.epoch = 0  # epochs completed
         self.log: list[dict] = []  # a line for each of them
@@ -360,9 +375,12 @@ class Trainer:
     def fit(self) -> int:
         """Train for the epochs that are left. Returns the signal that stopped it, or 0."""
         with self.signals:
-            self.save()
+            self.save()  # to see at once whether it can; nothing is learned yet
+            for name in () if self.resumed or rank() > 0 else ("last.pt", "log.jsonl"):
+                Path(self.args.out, name).unlink()
             if self.average and self.start_acc < 0:
                 self.fit_classifiers()
+            self.print_row(*self.HEADER)
             while self.epoch < self.args.epochs and not self.stop:
                 self.train_epoch()
                 predictions = None if self.stop else self.validate()
@@ -471,7 +489,7 @@ class Trainer:
         val = predictions.summarize(self.classes)
         if not math.isfinite(val["loss"]):
             raise UserError(f"the val loss is not finite after epoch {self.epoch + 1}: try a lower "
-                            "--lr; last.pt keeps the last good state")
+                            "--lr; what has been saved is good")
         images = self.totals[0].item()
         means = dict(zip(self.figures, (self.totals / images).tolist()))
         terms = {name: means[name] for name in self.weights}
@@ -492,24 +510,23 @@ class Trainer:
         self.start_epoch()
         self.save()
         self.write_report(predictions)
-        print(f"epoch {self.epoch}/{self.args.epochs}  loss {line['train_loss']:.3f}  train acc "
-              f"{line['train_acc']:.3f}{self.describe_early(line)}  val acc {line['val_acc']:.4f}  "
-              f"{line['images_per_second']:.1f} images/s  {line['seconds']:.1f} s", flush=True)
+        early = " ".join(f"{accuracy:.3f}" for accuracy in line["exit_train_acc"].values())
+        self.print_row(f"{self.epoch}/{self.args.epochs}", f"{line['train_loss']:.3f}",
+                       f"{line['train_acc']:.3f}", early, self.describe_hint(line),
+                       f"{line['val_acc']:.4f}", f"{line['images_per_second']:.1f}",
+                       Progress.duration(line["seconds"]))
 
-    def describe_early(self, line: dict) -> str:
-        """How far the early layers are in an epoch: their train accuracies, and the hint.
+    def describe_hint(self, line: dict) -> str:
+        """The mean cosine between student and adapted teacher features, or their distance."""
+        if "hint" not in line["terms"]:
+            return ""
+        distance = line["terms"]["hint"] / self.weights["hint"] / len(self.hooked.student_layers)
+        return f"cos {1 - distance / 2:.3f}" if self.criterion.normalize else f"{distance:.4g}"
 
-        Of directions, that is the mean cosine between student and adapted teacher features.
-        """
-        accuracies, parts = line["exit_train_acc"].values(), []
-        if accuracies:
-            parts.append("early " + " ".join(f"{accuracy:.3f}" for accuracy in accuracies))
-        if "hint" in line["terms"]:
-            layers = len(self.hooked.student_layers)
-            distance = line["terms"]["hint"] / self.weights["hint"] / layers
-            parts.append(f"cosine {1 - distance / 2:.3f}" if self.criterion.normalize
-                         else f"hint {distance:.4g}")
-        return "".join(f", {part}" for part in parts)
+    @staticmethod
+    def print_row(*cells: str) -> None:
+        """Print a line of the table of epochs, of as many cells as HEADER."""
+        print("{:>6}{:>9}{:>11}{:>13}{:>11}{:>9}{:>10}{:>10}".format(*cells), flush=True)
 
     def remarks(self) -> Iterator[str]:
         """What the log says at the end that a user may overlook."""
@@ -567,9 +584,9 @@ class Trainer:
                     group[name] *= LR_PER_ERROR * error / self.recipe["lr"]
             self.save()
             self.write_report(predictions)
-            print(f"epoch 0/{self.args.epochs}  only the classifiers fitted  val acc "
-                  f"{self.start_acc:.4f}  peak lr {self.optimizer.param_groups[0]['max_lr']:.2g}  "
-                  f"{time.perf_counter() - start:.1f} s", flush=True)
+            print(f"epoch 0    val acc {self.start_acc:.4f}, only the classifiers fitted, "
+                  f"{Progress.duration(time.perf_counter() - start)}; so peak lr "
+                  f"{self.optimizer.param_groups[0]['max_lr']:.2g}", flush=True)
 
     def is_best(self) -> bool:
         """Whether the epoch just ended is the best so far."""
@@ -579,8 +596,8 @@ class Trainer:
         if not all(tensor.isfinite().all() for tensor in (self.totals, *tensors)):
             rate = max(group["lr"] for group in self.optimizer.param_groups)
             raise UserError(f"the loss is not finite in epoch {self.epoch + 1}, by batch "
-                            f"{self.batch} (learning rate {rate:.3g}): try a lower --lr; last.pt "
-                            "keeps the last good state")
+                            f"{self.batch} (learning rate {rate:.3g}): try a lower --lr; what has "
+                            "been saved is good")
 
     def save(self) -> None:
         """Write last.pt and log.jsonl; before them best.pt, if the epoch just ended is the best."""
@@ -685,7 +702,7 @@ class Trainer:
     def make_network(self, weights: str) -> None:
         """Make the hooked network and its loss, and try both on one image."""
         args, recipe, device = self.args, self.recipe, self.machine.device
-        self.hooked = load_hooked(args.arch, len(self.classes), weights, args.student_layer,
+        self.hooked = load_hooked(args.arch, self.classes, weights, args.student_layer,
                                   args.teacher_layer, recipe["students"])
         self.model = self.hooked.model
         self.head = self.model.get_submodule(find_classifier(self.model))
@@ -761,13 +778,15 @@ class Headless(nn.Module):
         return torch.cat([*map(pooled, as_tuple(students)), pooled(teacher), features], dim=1)
 
 
-def load_hooked(arch: str, num_classes: int, weights: str, student_layer: list[str] | None,
+def load_hooked(arch: str, classes: list[str], weights: str, student_layer: list[str] | None,
                 teacher_layer: str | None, students: int) -> HookedModel:
-    """`hooked_classifier`, whose errors are the user's."""
+    """`hooked_classifier`, whose errors are the user's; a best.pt's head is used by class names."""
     names = student_layer[0] if student_layer and len(student_layer) == 1 else student_layer
     try:
         with local_rank_zero_first():
-            hooked = hooked_classifier(arch, num_classes, weights, names, teacher_layer, students)
+            hooked = hooked_classifier(arch, len(classes), weights, names, teacher_layer, students)
+        if weights not in ("imagenet", "none"):
+            match_head(hooked.model, classes, load_tensors(weights))
     except ValueError as error:
         raise UserError(str(error)) from None
     except OSError as error:
@@ -776,6 +795,23 @@ def load_hooked(arch: str, num_classes: int, weights: str, student_layer: list[s
     if not all(tensor.isfinite().all() for tensor in hooked.state_dict().values()):
         raise UserError(f"{weights}: not all of its weights are finite")
     return hooked
+
+
+def match_head(model: nn.Module, classes: list[str], checkpoint: dict) -> None:
+    """Give each class its own row of a checkpoint's head; if it lacks one, make the head anew."""
+    known, name = checkpoint.get("classes"), find_classifier(model)
+    if not known or known == classes:
+        return
+    head = model.get_submodule(name)
+    if set(classes) <= set(known):
+        rows = [known.index(label) for label in classes]
+        head.load_state_dict({key: checkpoint["model"][f"{name}.{key}"][rows]
+                              for key in head.state_dict()})
+        print("head       that of the weights, matched by the names of the classes")
+    else:
+        head.reset_parameters()
+        print("head       made anew, as the weights are for other classes: "
+              f"{shorten(set(classes) - set(known), 3)} not among them")
 
 
 def moving_average(decay: float) -> Callable:
@@ -822,17 +858,20 @@ def fit_adapter(adapter: nn.Conv2d, inputs: Tensor, targets: Tensor) -> None:
 
 
 class Signals:
-    """Notes what signals ask for: SIGINT (Ctrl-C) and SIGTERM to stop, SIGUSR1 to save.
+    """Notes what signals ask for: SIGINT (Ctrl-C), SIGTERM and SIGHUP to stop, SIGUSR1 to save.
 
-    `stop` is the number of the first signal to stop by, or 0. A second SIGINT stops at once.
+    `stop` is the number of the first signal to stop by, or 0. A second SIGINT stops at once. SIGHUP
+    stays ignored under nohup.
     """
 
     def __init__(self) -> None:
         self.stop, self.save = 0, False
 
     def __enter__(self) -> "Signals":
-        self.previous = {getattr(signal, name): signal.signal(getattr(signal, name), self.note)
-                         for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+                   if hasattr(signal, name)]
+        self.previous = {number: signal.signal(number, self.note) for number in numbers
+                         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -840,7 +879,7 @@ class Signals:
             signal.signal(which, handler)
 
     def note(self, which: int, frame: object) -> None:
-        if which not in (signal.SIGINT, signal.SIGTERM):
+        if which == getattr(signal, "SIGUSR1", None):
             self.save = True
         elif which == signal.SIGINT and self.stop == signal.SIGINT:
             raise KeyboardInterrupt
@@ -855,8 +894,77 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
         write_file(path, content)
 
 
+LOCKS: list[int] = []  # descriptors of the folders that this process keeps to itself
+
+
+def unlock() -> None:
+    while LOCKS:
+        os.close(LOCKS.pop())
+
+
+if fcntl:  # a loader's worker may outlive a run that is killed, by seconds
+    os.register_at_fork(after_in_child=unlock)
+
+
+@contextlib.contextmanager
+def claim(out: Path, names: tuple[str, ...]) -> Iterator[None]:
+    """Keep a folder to this run, and files of an earlier one, of these names, under other names.
+
+    If the run ends before it writes any, the folder is left as it was.
+    """
+    if rank() > 0:
+        yield
+        return
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if fcntl:
+            LOCKS.append(os.open(out, os.O_RDONLY))
+            with contextlib.suppress(OSError):  # network file systems may lock no folders
+                try:
+                    fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"another run is writing to {out}: wait for it, or name "
+                                    "another --out") from None
+        renamed = keep_earlier(out, names)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        if not any((out / name).exists() for name in names):
+            for path, kept in renamed.items():
+                kept.rename(path)
+        if fcntl:
+            os.close(LOCKS.pop())
+        for folder in made:
+            with contextlib.suppress(OSError):  # as it is not empty
+                folder.rmdir()
+
+
+def keep_earlier(out: Path, names: tuple[str, ...]) -> dict[Path, Path]:
+    """Rename what an earlier run left in a folder; return the new paths by the old ones."""
+    earlier = [out / name for name in names if (out / name).exists()]
+    suffix = next(k for k in itertools.count(1)
+                  if not any(path.with_suffix(f".{k}{path.suffix}").exists() for path in earlier))
+    renamed = {path: path.rename(path.with_suffix(f".{suffix}{path.suffix}")) for path in earlier}
+    if renamed:
+        print(f"kept the earlier {shorten(renamed)} as {shorten(renamed.values())}")
+    return renamed
+
+
 def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
     """Train as the settings say, from a checkpoint if there is one; returns the exit code."""
+    out = Path(args.out)
+    goes_on = checkpoint and resumed_path(args.resume, out).resolve() == (out / "last.pt").resolve()
+    with claim(out, () if goes_on else ("best.pt", "last.pt", "log.jsonl", "report.html")):
+        return run_training(args, checkpoint)
+
+
+def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
+    """`fine_tune`, in a folder that is claimed."""
     started = time.perf_counter()
     machine = Machine(args.device, args.precision, args.workers)
     refuse_shared_gpu(machine.device)
@@ -864,11 +972,6 @@ def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
     trainer = Trainer(args, machine, train_set, val_set, resumed=checkpoint is not None)
     if checkpoint:
         trainer.restore(checkpoint)
-    out = Path(args.out)
-    if rank() == 0 and not (checkpoint and resumed_path(args.resume, args.out).resolve()
-                            == (out / "last.pt").resolve()):
-        keep_earlier(out, ("best.pt", "last.pt", "log.jsonl", "report.html"))
-
     print(f"data       {Path(train_set.root).parent}: {len(train_set)} train and {len(val_set)} "
           f"val images, {len(train_set.classes)} classes")
     print(f"network    {args.arch}, weights: {args.weights}, student "
@@ -886,7 +989,7 @@ def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
         launcher = "torchrun ..." if dist.is_initialized() else "python"
         again = ("the same command and --resume" if args.compare else
                  f"{launcher} {shlex.quote(sys.argv[0])} --resume "
-                 f"{shlex.quote(str(out / 'last.pt'))}")
+                 f"{shlex.quote(str(Path(args.out, 'last.pt')))}")
         print(f"stopped in epoch {trainer.epoch + 1} after batch {trainer.batch}; go on with: "
               f"{again}", flush=True)
         return 128 + stop
@@ -896,7 +999,7 @@ def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
           f"{len(val_set)} val images; ties go to the earlier epoch), "
           f"{Progress.duration(time.perf_counter() - started)}")
     print(f"python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
-          f"{shlex.quote(str(out / 'best.pt'))}")
+          f"{shlex.quote(str(Path(args.out, 'best.pt')))}")
     return 128 + stop if stop and args.compare else 0  # a signal that came too late for this run
 
 
@@ -906,20 +1009,6 @@ def refuse_shared_gpu(device: torch.device) -> None:
         raise UserError(f"process {rank()} has no GPU of its own: start at most "
                         f"{torch.cuda.device_count()} on this machine, and name no index in "
                         "--device")
-
-
-def keep_earlier(out: Path, names: tuple[str, ...]) -> None:
-    """Rename what an earlier run left in a folder, so that it is not overwritten."""
-    earlier = [out / name for name in names if (out / name).exists()]
-    if not earlier:
-        return
-    suffix = next(k for k in itertools.count(1)
-                  if not any(path.with_suffix(f".{k}{path.suffix}").exists() for path in earlier))
-    try:
-        kept = [path.rename(path.with_suffix(f".{suffix}{path.suffix}")) for path in earlier]
-    except OSError as error:
-        raise UserError(f"cannot rename the earlier {shorten(earlier)}: {error.strerror}") from None
-    print(f"kept the earlier {shorten(earlier)} as {shorten(kept)}")
 
 
 # The comparison
@@ -933,10 +1022,17 @@ def compare(given: dict) -> int:
     if not {"control", "distillation"} <= set(args.compare_arms):
         raise UserError(f"--compare-arms {' '.join(args.compare_arms)}: control and distillation "
                         "must be among them")
-    out = Path(args.out)
-    if rank() == 0 and "resume" not in given:
-        keep_earlier(out, ("compare", "compare.json"))
-    arms = [arm for arm in ARMS if arm in args.compare_arms]
+    if args.seed + args.compare - 1 > LAST_SEED:
+        raise UserError(f"--compare {args.compare} from --seed {args.seed} goes beyond the last "
+                        f"seed, {LAST_SEED}")
+    names = () if "resume" in given else ("compare", "compare.json")
+    with claim(Path(args.out), names):
+        return run_comparison(given, args)
+
+
+def run_comparison(given: dict, args: argparse.Namespace) -> int:
+    """`compare`, in a folder that is claimed."""
+    out, arms = Path(args.out), [arm for arm in ARMS if arm in args.compare_arms]
     runs, precision, total = [], args.precision, args.compare * len(arms)
     for seed in range(args.seed, args.seed + args.compare):
         run = {"seed": seed}
@@ -1000,6 +1096,9 @@ def print_comparison(figures: dict) -> None:
     low, high = figures["differences"]["distillation - control"]["interval"]
     verdict = ("distillation helps" if low > 0 else "distillation hurts" if high < 0 else
                "whether distillation helps or hurts cannot be told")
+    if low == high:
+        verdict = ("whether distillation helps or hurts cannot be told (as all differences are "
+                   "equal, the interval says nothing: take more val images, or more seeds)")
     print(f"{verdict}, with {len(runs)} pairs")
 
 
@@ -1179,7 +1278,7 @@ def make_parser() -> Parser:
     group.add_argument("--distillation", action=argparse.BooleanOptionalAction,
                        help="--no-distillation trains on the cross-entropy alone, its weight as it "
                        "is: the control of --compare")
-    group.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), metavar="N",
+    group.add_argument("--seed", type=number(int, 0, LAST_SEED), metavar="N",
                        help="of weights, order and augmentation (default: 0)")
     group.add_argument("--compare", type=number(int, 2), metavar="N", help="train N pairs of runs, "
                        "seeds from --seed on, with and without distillation, and tell what it "
@@ -1216,7 +1315,8 @@ def settle(given: dict) -> tuple[argparse.Namespace, dict | None]:
         checkpoint = on_rank_zero(read_resumed, given)
     if checkpoint:
         path = resumed_path(given["resume"], given.get("out", "."))
-        saved = vars(make_parser().parse_args(as_flags(checkpoint["args"])))
+        saved = vars(make_parser().parse_args(as_flags(
+            {name: value for name, value in checkpoint["args"].items() if name not in NOT_SAVED})))
         saved |= {"data": checkpoint["data"], "out": str(path.parent)}
         refuse_contradictions(given, saved)
         given = given | saved | {name: given[name] for name in CHANGEABLE if name in given}
