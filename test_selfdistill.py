@@ -338,6 +338,9 @@ class HookedModelTest(unittest.TestCase):
                 ("convnext_tiny", "features", (".3", ".5"), "", (192, 768), "classifier.2"),
                 ("densenet121", "features.denseblock", "23", "4", (512, 1024), "classifier"),
                 ("shufflenet_v2_x1_0", "", ("stage2", "stage3"), "conv5", (116, 1024), "fc"),
+                ("squeezenet1_1", "", ("features.4", "features.7"), "classifier.0", (128, 512),
+                 "classifier.1"),
+                ("swin_v2_t", "", ("features.3", "features.5"), "permute", (192, 768), "head"),
                 (vit, "encoder.layers.encoder_layer_", "12", "3", (16, 16), "heads.head")):
             with self.subTest(stem=stem, classifier=classifier):
                 size = 32 if model is vit else 224
@@ -348,18 +351,21 @@ class HookedModelTest(unittest.TestCase):
                 self.assertEqual(find_classifier(model), classifier)
                 hooked = HookedModel(model, students[0], teacher)
                 self.assertEqual(hooked.feature_channels(size), channels)
-        with self.assertRaisesRegex(ValueError, "no 2 layers of Sequential suggest themselves"):
-            find_layers(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()), size=32)
+        with self.assertRaisesRegex(ValueError, "no 2 layers of Sequential .* names, of 0, 1$"):
+            find_layers(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1)), size=32)
 
-    def test_channels_of_tokens_are_last_and_maps_of_that_order_refused(self) -> None:
+    def test_channels_may_be_last_but_the_images_must_be_first(self) -> None:
         class Moved(nn.Module):
             def forward(self, maps: Tensor) -> Tensor:
                 return maps.movedim(1, -1)
 
-        network = nn.Sequential(nn.Conv2d(3, 4, 8, 8), Moved(), nn.Flatten(1, 2))
-        self.assertEqual(HookedModel(network, ["0"], "2").feature_channels(32), ((4,), 4))
-        with self.assertRaisesRegex(ValueError, r"layer '1' gives .*\(1, 2, 2, 4\), which are nei"):
-            HookedModel(network, "0", "1").feature_channels(16)
+        network = nn.Sequential(nn.Conv2d(3, 4, 8, 8), Moved(), nn.Flatten(1, 2), nn.Flatten(0, 1))
+        self.assertEqual(HookedModel(network, ["0", "1"], "2").feature_channels(40), ((4, 4), 4))
+        _, (maps, moved), _ = HookedModel(network, ["0", "1"], "2")(torch.randn(3, 3, 40, 40))
+        assert_close(moved, maps)
+        assert_close(selfdistill.pooled(maps.movedim(1, -1)), selfdistill.pooled(maps))
+        with self.assertRaisesRegex(ValueError, r"layer '3' gives .*\(50, 4\), which are nei"):
+            HookedModel(network, "0", "3").feature_channels(40)
 
     def test_the_dry_run_leaves_the_network_as_it_was(self) -> None:
         hooked = HookedModel(self.model).train()
@@ -410,7 +416,10 @@ class WeightsTest(TestCase):
 
     def test_a_file_keeps_its_classifier_only_if_that_fits(self) -> None:
         saved, path = resnet18(num_classes=5), self.folder / "weights.pth"
-        for content in (saved.state_dict(), {"model": saved.state_dict()}):
+        state = saved.state_dict()
+        for content in (state, {"model": state}, {"state_dict": state, "epoch": 3},
+                        *({prefix + name: value for name, value in state.items()}
+                          for prefix in ("module.", "_orig_mod.", "module._orig_mod."))):
             torch.save(content, path)
             assert_close(hooked_resnet18(5, path).model.state_dict(), saved.state_dict())
             other = hooked_resnet18(6, path).model
@@ -1050,6 +1059,20 @@ class TrainingTest(ImagesTestCase):
             train.main(tiny(self.data, self.folder, "--batch-size", 32))
         self.assertRegex(output.getvalue(), r"\r\033\[Kepoch 1/1  images 18/18  .* images/s  "
                                             r"loss \d.*  \d+ s left")
+        with (mock.patch.dict(os.environ, COLUMNS="30"),
+              contextlib.redirect_stdout(io.StringIO()) as output):
+            output.isatty = lambda: True
+            evaluate.Progress("images", 1000).advance(1)
+        self.assertRegex(output.getvalue(), r"^\r\033\[Kimages 1/1000  .{14}$")
+
+    def test_names_are_shown_without_their_control_characters(self) -> None:
+        buffer = io.BytesIO()
+        output = evaluate.Output(buffer, "utf-8", "backslashreplace")
+        for text in ("a\033[2J\n", "\x9b\r\udcff", evaluate.Progress.CLEAR):
+            output.write(text)
+        output.flush()
+        self.assertEqual(buffer.getvalue(), b"a\\x1b[2J\n\\x9b\\r\\udcff\r\033[K")
+        self.assertIn(r"a\x1b\nb", self.error_of(train.main, "--data", "a\033\nb"))
 
     def test_evaluation_agrees_with_the_log_to_the_last_digit(self) -> None:
         figures, printed = self.evaluate(self.trained / "best.pt")
@@ -1113,6 +1136,20 @@ class TrainingTest(ImagesTestCase):
             self.assertIn(f"best val accuracy {expected} (", printed)
             self.assertEqual(load(self.out / "best.pt")["epoch"], int(expected[-1]))
             self.assertEqual([2 * line["val_acc"] for line in read_log(self.out)], list(rights))
+
+    def test_a_head_is_used_by_the_names_of_its_classes(self) -> None:
+        path, classes = self.folder / "weights.pt", self.best["classes"]
+        head = self.best["model"]["fc.weight"]
+        for known, rows, said in ((["star", "circle", "square"], [1, 2, 0], "head       that of"),
+                                  (["a", "star", "square", "b"], None, "anew, .*: circle not")):
+            state = {name: value[[k % 3 for k in range(len(known))]] if name.startswith("fc.")
+                     else value for name, value in self.best["model"].items()}
+            torch.save(self.best | {"classes": known, "model": state}, path)
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                hooked = train.load_hooked("resnet18", classes, str(path), None, None, 2)
+            self.assertRegex(output.getvalue(), said)
+            self.assertEqual(torch.equal(hooked.model.fc.weight, head[rows or [0, 1, 2]]),
+                             rows is not None)
 
     def test_training_begins_with_what_is_fitted_to_the_features(self) -> None:
         for split in ("train", "val"):
@@ -1252,6 +1289,7 @@ class ComparisonTest(ImagesTestCase):
         self.assertRegex(verdict, "cannot be told, with 3 pairs$")
         self.assertEqual("distillation helps, with 3 pairs", verdict_of(0.02, 0.021, 0.022)[1])
         self.assertEqual("distillation hurts, with 3 pairs", verdict_of(-0.02, -0.021, -0.022)[1])
+        self.assertRegex(verdict_of(0.02, 0.02)[1], "cannot be told .as all differences are equal")
 
     def test_quantiles_of_t_are_those_of_tables(self) -> None:
         for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (29, 2.045)):
@@ -1262,6 +1300,7 @@ class ComparisonTest(ImagesTestCase):
         self.assert_errors(train.main, *((("--compare", 2, *flags), message) for flags, message in (
             (("--no-distillation",), both), (("--alpha", 0), both),
             (("--resume", "other/last.pt"), both), (("--compare-arms", "control"), arms),
+            (("--seed", 2 ** 32 - 1), "beyond the last seed, 4294967295"),
             (("--compare-arms", "labels", "distillation"), arms))))
 
 
@@ -1325,6 +1364,11 @@ def print_to(path: str) -> None:
     ends = os.pipe()
     os.close(ends[0])
     sys.stdout = sys.__stdout__ = open(path or ends[1], "w")
+
+
+def limit_files(count: int) -> None:
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
 
 
 def limit_file_size(size: int) -> None:
@@ -1593,6 +1637,17 @@ class ResumeTest(ImagesTestCase):
                            (("--skip-unreadable",), "no image that can be read for star"))
 
 
+    @unittest.skipUnless(importlib.util.find_spec("resource"), "files cannot be limited")
+    def test_few_files_are_open_however_many_batches_there_are(self) -> None:
+        write_images(self.folder / "many", train_count=2, val_count=40)
+        process = self.start("out", "--data", self.folder / "many", "--batch-size", 2, "--workers",
+                             1, prepare=partial(limit_files, 60))  # for 60 val batches
+        self.assertEqual(process.exit_code(), 0, process.printed())
+        for error, message in ((OSError(24, "Too many open files"), "too many open files: use few"),
+                               (RuntimeError("No working C++ compiler found"), "--compile needs")):
+            self.assertIn(message, self.error_of(mock.Mock(side_effect=error)))
+
+
 class ProcessesTest(ImagesTestCase):
     """Several processes that train together as one would."""
 
@@ -1806,6 +1861,24 @@ class EvaluationTest(ImagesTestCase):
         self.assertEqual(result.correct.tolist(), [True, False, False])
         assert_close(result.probabilities, torch.tensor([[0.75, 0.25]] * 3))
         self.assertEqual(result.top.tolist(), [[1, 0], [0, 1], [1, 0]])
+
+    def test_cells_that_a_spreadsheet_would_run_are_made_harmless(self) -> None:
+        evaluate.write_csv(self.folder / "table.csv", [("=1+1.png", "-a", "@b", 0.5)])
+        self.assertEqual(self.read_table(self.folder / "table.csv"), [
+            {"path": "'=1+1.png", "label": "'-a", "prediction": "'@b", "confidence": "0.5"}])
+
+    def test_a_file_is_written_whole_and_never_through_a_planted_link(self) -> None:
+        path, victim = self.folder / "figures.json", self.folder / "victim"
+        victim.write_text("kept")
+        (self.folder / f".figures.json.{os.getpid()}.tmp").symlink_to(victim)
+        evaluate.write_file(path, b"new")
+        self.assertEqual((path.read_text(), victim.read_text()), ("new", "kept"))
+        self.assertEqual(sorted(os.listdir(self.folder)), ["figures.json", "victim"])
+
+    def test_the_scripts_find_their_module_in_safe_mode(self) -> None:
+        for name in ("train.py", "evaluate.py"):
+            subprocess.run([sys.executable, "-P", HERE / name, "--help"], check=True,
+                           stdout=subprocess.DEVNULL, cwd=self.folder)
 
     def test_what_is_written_of_each_image(self) -> None:
         figures, _ = self.evaluate(self.path, "--batch-size", 1, "--save-predictions",

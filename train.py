@@ -80,8 +80,9 @@ DEFAULTS = dict(
 TUNED = dict(
     alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
     detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
-    weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
-    scratch=dict(lr=0.1, batch_size=32, crop_scale=(0.6, 1.0), fine_tune=False))
+    weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), jitter=(0.3, 0.3, 0.1),
+    fine_tune=True, scratch=dict(lr=0.1, batch_size=32, crop_scale=(0.6, 1.0),
+                                 jitter=(0.0, 0.0, 0.0), fine_tune=False))
 RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
@@ -89,7 +90,7 @@ RECIPES = {
         alpha=0.5, hint=1.0, labels=0.0, soft=0.0, batch_size=32, lr=0.01, students=1,
         detach_teacher=False, normalize=False, train_adapter=False, one_cycle=False,
         nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
-        fine_tune=False, scratch={}),
+        jitter=(0.0, 0.0, 0.0), fine_tune=False, scratch={}),
 }
 RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
 # What a resumed run may change; --epochs only as `settle` allows.
@@ -692,7 +693,8 @@ class Trainer:
             raise UserError(f"the smallest batch leaves a process {least} images, too few for "
                             f"batch norm at {args.size} pixels: use a larger --batch-size or "
                             "--size")
-        transform = train_transform(args.size, self.recipe["crop_scale"], normalized=False)
+        transform = train_transform(args.size, self.recipe["crop_scale"], normalized=False,
+                                    jitter=self.recipe["jitter"])
         self.train_loader = self.machine.loader(Augmented(self.train_set, transform),
                                                 batch_sampler=self.sampler)
         share = range(rank(), len(self.val_set), processes)
@@ -1096,7 +1098,7 @@ def print_comparison(figures: dict) -> None:
     low, high = figures["differences"]["distillation - control"]["interval"]
     verdict = ("distillation helps" if low > 0 else "distillation hurts" if high < 0 else
                "whether distillation helps or hurts cannot be told")
-    if low == high:
+    if high - low < 1e-9:
         verdict = ("whether distillation helps or hurts cannot be told (as all differences are "
                    "equal, the interval says nothing: take more val images, or more seeds)")
     print(f"{verdict}, with {len(runs)} pairs")
