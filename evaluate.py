@@ -377,10 +377,6 @@ class ImageFolder(datasets.ImageFolder):
         with ThreadPool(Machine.usable_cores()) as pool:
             return [path for path, failed in zip(paths, pool.map(is_unreadable, paths)) if failed]
 
-    def tell_left_out(self) -> None:
-        """Print what else the folder holds, if anything."""
-        tell_left_out(self.root, self.left_out)
-
     def leave_out(self, paths: list[str]) -> None:
         """Go on without these images, and say which."""
         if not paths:
@@ -875,7 +871,7 @@ def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
     folder = find_splits(args.data or checkpoint["data"], "val") / "val"
     dataset = ImageFolder(folder, val_transform(checkpoint["size"], normalized=False),
                           checkpoint["classes"])
-    dataset.tell_left_out()
+    tell_left_out(dataset.root, dataset.left_out)
     if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):
         dataset.leave_out(dataset.find_unreadable())
     return dataset

@@ -16,7 +16,8 @@ if __name__ == "__main__":  # `python -P` leaves the script's folder out
 
 # Before torch, as it checks that torch and torchvision fit together.
 from evaluate import (SIZES, ImageFolder, Machine, Parser, Predictions, Progress, UserError,
-                      find_splits, read_checkpoint, report_html, run_script, shorten, write_file)
+                      find_splits, read_checkpoint, report_html, run_script, shorten, tell_left_out,
+                      write_file)
 
 import argparse
 import contextlib
@@ -100,7 +101,7 @@ NOT_SAVED = ("out", "resume", "compare", "compare_arms", "check")  # in a checkp
 # How far fine-tuning goes from the weights given, by the val accuracy a of epoch 0: its peak rate
 # is LR_PER_ERROR (1 - a), and their share in the average of all weights after the last step
 # GIVEN_SHARE a ** GIVEN_POWER.
-LR_PER_ERROR = 0.025
+LR_PER_ERROR = 0.03
 GIVEN_SHARE, GIVEN_POWER = 0.5, 8
 ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
         "distillation": {}}  # of --compare, by what they change
@@ -209,7 +210,7 @@ def open_splits(data: str | None, size: int,
         raise UserError(f"the classes of train/ and val/ in {folder} differ: only one of them "
                         f"has {shorten(unmatched)}")
     for images in (train_set, val_set):
-        images.tell_left_out()
+        tell_left_out(images.root, images.left_out)
         if skip_unreadable:
             images.leave_out(gather(images.find_unreadable(slice(rank(), None, world_size()))))
     return train_set, val_set
@@ -653,14 +654,15 @@ class Trainer:
     def restore(self, checkpoint: dict) -> None:
         """Go on from a last.pt, provided that the data are still the same."""
         try:
-            compared = [("its classes are", self.classes, checkpoint["classes"])]
-            compared += [(f"{split}/ has", now, checkpoint["run"]["data"][split])
-                         for split, now in self.fingerprints.items()]
-            for what, now, then in compared:
-                if now != then:
-                    raise UserError(f"{Path(self.train_set.root).parent} has changed since the run "
-                                    f"began: {what} {textwrap.shorten(str(now), 200)} now, "
-                                    f"{textwrap.shorten(str(then), 200)} then")
+            changed = [f"{split}/ has {now} now, {then} then"
+                       for split, now in self.fingerprints.items()
+                       if now != (then := checkpoint["run"]["data"][split])]
+            classes = sorted(set(self.classes) ^ set(checkpoint["classes"]))
+            if classes:
+                changed.append(f"classes that it has only now or had only then: {shorten(classes)}")
+            if changed:
+                raise UserError(f"{Path(self.train_set.root).parent} has changed since the run "
+                                f"began: {'; '.join(changed)}")
             self.load_state_dict(checkpoint["run"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError("the checkpoint cannot be resumed, as it is damaged or of another "
@@ -1112,7 +1114,7 @@ def check(args: argparse.Namespace) -> int:
     problems, notes, classes, copies = {}, {}, {}, defaultdict(list)
     for split in ("train", "val"):
         images = ImageFolder(folder / split, transform=None, allow_empty=True)
-        images.tell_left_out()
+        tell_left_out(images.root, images.left_out)
         classes[split], found = set(images.classes), examine(images, split, args.workers)
         counts = Counter(images.classes[label] for label in images.targets).most_common()
         print(f"{split + '/':7}{len(images)} images, {len(images.classes)} classes"
