@@ -67,15 +67,16 @@ SIZES = (32, 2048)  # least and greatest height and width of an image, in pixels
 IMAGE_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe", ".gif",
                   *([".avif"] if features.check("avif") else []))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MEMORY = ("out of memory: use a smaller --batch-size, fewer --workers, more shared memory (docker "
-          "run --shm-size), or train at a smaller --size")
-FILES = "too many open files: use fewer --workers, or raise the limit (ulimit -n)"
-COMPILER = "--compile needs a C++ compiler here: install one, or go without --compile"
-# What to tell by what torch's messages say: of accelerators, CPUs, a loader's workers and what they
-# share, and compilers. The first that fits.
-FAILURES = {"Too many open files": FILES, "ancdata": FILES, "C++ compiler": COMPILER,
-            "out of memory": MEMORY, "t allocate memory": MEMORY, "DataLoader worker (pid": MEMORY,
-            "shared memory": MEMORY}
+# What to say of failures, by what torch's messages have in them: of accelerators, of CPUs, of a
+# loader's workers and what they share, and of compilers.
+FAILURES = {
+    "too many open files: use fewer --workers, or raise the limit (ulimit -n)":
+        ("Too many open files", "ancdata"),
+    "--compile needs a C++ compiler here: install one, or go without --compile":
+        ("C++ compiler", "C compiler"),
+    "out of memory: use a smaller --batch-size, fewer --workers, more shared memory (docker run "
+    "--shm-size), or train at a smaller --size":
+        ("out of memory", "t allocate memory", "DataLoader worker (pid", "shared memory")}
 
 
 class UserError(Exception):
@@ -98,7 +99,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(f"{script}: error: {printable(str(error))}"
                  + hint * isinstance(error, UnreadableImage))
     except (RuntimeError, OSError) as error:
-        reasons = [reason for sign, reason in FAILURES.items() if sign in str(error)]
+        reasons = [reason for reason, signs in FAILURES.items()
+                   if any(sign in str(error) for sign in signs)]
         if not reasons:
             raise
         sys.exit(f"{script}: error: {reasons[0]}")
