@@ -27,8 +27,11 @@ import argparse
 import atexit
 import base64
 import contextlib
+import copy
 import csv
+import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -40,7 +43,7 @@ import textwrap
 import time
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from multiprocessing.pool import ThreadPool
@@ -333,7 +336,7 @@ class ImageFolder(datasets.ImageFolder):
                 self.left_out["beside the class folders"] += 1
         if not folders:
             raise UserError(f"{directory} has no class folders: expected one folder of images "
-                            "for each class")
+                            "for each class, in it or in its train/ and val/ (--check tells more)")
         classes = self.known_classes or list(folders)
         labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(classes)}
         unknown = sorted(folders.keys() - labels.keys())
@@ -379,37 +382,88 @@ class ImageFolder(datasets.ImageFolder):
         with ThreadPool(Machine.usable_cores()) as pool:
             return [path for path, failed in zip(paths, pool.map(is_unreadable, paths)) if failed]
 
+    def keep(self, chosen: list[bool]) -> None:
+        """Go on with some of the images only."""
+        self.samples = self.imgs = list(itertools.compress(self.samples, chosen))
+        self.targets = [label for _, label in self.samples]
+
     def leave_out(self, paths: list[str]) -> None:
         """Go on without these images, and say which."""
         if not paths:
             return
         print(f"{self.root}: {len(paths)} of {len(self)} images cannot be read and are left out: "
               f"{shorten(sorted(paths))}")
-        self.samples = self.imgs = [item for item in self.samples if item[0] not in set(paths)]
-        self.targets = [label for _, label in self.samples]
+        self.keep([path not in set(paths) for path in self.paths])
         emptied = sorted(set(self.class_to_idx.values()) - set(self.targets))
         if emptied:
             raise UserError(f"{self.root} has no image that can be read for "
                             f"{shorten(self.classes[label] for label in emptied)}")
 
 
-def find_splits(data: str | Path, *splits: str) -> Path:
-    """Find the folder that holds the splits: `data` itself, or the one folder in it that does."""
-    def holds_them(folder: Path) -> bool:  # by isdir, as Path.is_dir raises where it may not look
-        return all(os.path.isdir(folder / split) for split in splits)
+def find_splits(data: str | Path) -> dict[str, Path]:
+    """The folders of images in a folder, by split: of `train` and `val`, those that there are.
+
+    They are in `data` or, if both, in the one folder in it that has them. Where there is neither,
+    `data` is taken for a folder of class folders, the split "all".
+
+    Raises:
+        UserError: there is no such folder, or it is not plain what is val.
+    """
+    def splits_in(folder: Path) -> dict[str, Path]:  # os.path, as Path.is_dir may raise
+        return {split: folder / split for split in ("train", "val")
+                if os.path.isdir(folder / split)}
 
     data = Path(data)
     if not os.path.isdir(data):
         raise UserError(f"data folder {data} does not exist")
-    found = [data] if holds_them(data) else sorted(filter(holds_them, data.iterdir()))
-    named = " and ".join(f"{split}/" for split in splits)
-    if not found:
-        raise UserError(f"data folder {data} has no {named} in it, each with one folder of images "
-                        "for each class")
-    if len(found) > 1:
-        raise UserError(f"data folder {data} has several folders with {named} in it, "
-                        f"{shorten(found)}: name one of them")
-    return found[0]
+    deeper = [folder for folder in sorted(data.iterdir()) if len(splits_in(folder)) == 2]
+    if splits_in(data):
+        deeper = []
+    if len(deeper) > 1:
+        raise UserError(f"data folder {data} has several folders with train/ and val/ in it, "
+                        f"{shorten(deeper)}: name one of them")
+    folder = deeper[0] if deeper else data
+    splits = splits_in(folder)
+    for name in ("valid", "validation", "test"):
+        if [*splits] == ["train"] and os.path.isdir(folder / name):
+            raise UserError(f"data folder {data} has train/ and {name}/ but no val/: rename "
+                            f"{name}/ to val/, or give {folder / 'train'}, of which --val-split "
+                            "takes a part")
+    return splits or {"all": data}
+
+
+def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageFolder]:
+    """Split images into those to train on and those to validate on, by their files' content alone.
+
+    An image is for validation if a hash of its file, from 0 to 1, is below the fraction. So renamed
+    images stay where they are, and copies together. A class whose images would all be on one side
+    gives the lowest, or the highest, to the other.
+
+    Raises:
+        UserError: a class has fewer than two different images.
+    """
+    def place_of(path: str) -> float:
+        digest = hashlib.sha256(Path(path).read_bytes()).digest()
+        return int.from_bytes(digest[:8], "big") / 2 ** 64
+
+    with ThreadPool(Machine.usable_cores()) as pool:
+        places = pool.map(place_of, images.paths)
+    in_val, by_label = {place: place < fraction for place in places}, defaultdict(set)
+    for place, label in zip(places, images.targets):
+        by_label[label].add(place)
+    alone = [images.classes[label] for label, found in by_label.items() if len(found) < 2]
+    if alone:
+        raise UserError(f"{images.root} has too few images to split of {shorten(alone)}: each "
+                        "class needs two that differ")
+    for found in by_label.values():
+        if not any(in_val[place] for place in found):
+            in_val[min(found)] = True
+        elif all(in_val[place] for place in found):
+            in_val[max(found)] = False
+    parts = copy.copy(images), copy.copy(images)
+    for part, side in zip(parts, (False, True)):
+        part.keep([in_val[place] == side for place in places])
+    return parts
 
 
 # The machine
@@ -621,13 +675,14 @@ def read_checkpoint(path: str | Path) -> dict:
     wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     if not wrong:
         classes, args = checkpoint["classes"], checkpoint["args"]
-        batch_size = args.get("batch_size")
+        batch_size, val_split = args.get("batch_size"), args.get("val_split")
         sound = {"classes": all(isinstance(name, str) for name in classes)
                             and 0 < len(set(classes)) == len(classes),
                  "size": SIZES[0] <= checkpoint["size"] <= SIZES[1],
                  "exits": isinstance(checkpoint.get("exits", {}), dict),
                  "args": args.get("precision") in list(DTYPES)
-                         and isinstance(batch_size, int) and batch_size > 0}
+                         and isinstance(batch_size, int) and batch_size > 0
+                         and (val_split is None or isinstance(val_split, float))}
         wrong = [key for key, is_sound in sound.items() if not is_sound]
     if wrong:
         raise UserError(f"{path} is not a checkpoint of train.py: no usable {shorten(wrong)} in it")
@@ -834,8 +889,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="evaluate.py", description="How good a trained classifier is, and where "
                     "it is wrong; or the classes of other images; or the network, exported.")
     parser.add_argument("checkpoint", help="a best.pt or last.pt that train.py wrote")
-    parser.add_argument("--data", metavar="DIR",
-                        help="folder with val/ in it (default: the one trained on)")
+    parser.add_argument("--data", metavar="DIR", help="folder with val/ in it, or of classes alone "
+                        "(default: the val images of training)")
     parser.add_argument("--exit", metavar="LAYER", help="the early exit at this layer in place of "
                         "the whole network (default: the network, and a line for each exit)")
     instead = parser.add_mutually_exclusive_group()
@@ -870,13 +925,15 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
     """The val images to evaluate on."""
-    folder = find_splits(args.data or checkpoint["data"], "val") / "val"
-    dataset = ImageFolder(folder, val_transform(checkpoint["size"], normalized=False),
+    splits = find_splits(args.data or checkpoint["data"])
+    fraction = None if args.data else checkpoint["args"].get("val_split")
+    dataset = ImageFolder(splits.get("val") or [*splits.values()][0],
+                          val_transform(checkpoint["size"], normalized=False),
                           checkpoint["classes"])
     tell_left_out(dataset.root, dataset.left_out)
     if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):
         dataset.leave_out(dataset.find_unreadable())
-    return dataset
+    return split_off(dataset, fraction)[1] if fraction else dataset
 
 
 def open_machine(args: argparse.Namespace, checkpoint: dict) -> Machine:

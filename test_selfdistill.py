@@ -701,15 +701,52 @@ class DataTest(TestCase):
         self.assertEqual(list(folder.parent.iterdir()), [])
         with mock.patch.object(datasets, "Imagenette", download):
             find_data()
-        self.assertEqual(train.find_data(str(folder)), folder)
+        self.assertEqual([*train.find_data(str(folder)).values()], [folder / "train",
+                                                                    folder / "val"])
         self.assertEqual(list(folder.parent.iterdir()), [folder])
 
-    def test_the_splits_may_lie_one_folder_deeper(self) -> None:
-        write_images(self.folder / "outer" / "inner")
-        self.assertEqual(train.find_data(str(self.folder / "outer")), self.folder / "outer/inner")
-        write_images(self.folder / "outer" / "other")
-        with self.assertRaisesRegex(evaluate.UserError, "several folders .*inner, .*other: name"):
-            train.find_data(str(self.folder / "outer"))
+    def test_splits_are_found_in_folders_of_every_kind(self) -> None:
+        for kind, folders, expected in (
+                ("both", ["train/a", "val/a"], {"train": "train", "val": "val"}),
+                ("deeper", ["x/train/a", "x/val/a", "y/a"], {"train": "x/train", "val": "x/val"}),
+                ("flat", ["a", "b"], {"all": "."}), ("train", ["train/a"], {"train": "train"}),
+                ("val", ["val/a"], {"val": "val"}), ("named test", ["a", "test"], {"all": "."}),
+                ("valid", ["train/a", "valid/a"], "has train/ and valid/ but no val/: rename"),
+                ("two", ["x/train/a", "x/val/a", "y/train/a", "y/val/a"], "several folders .*/x, "),
+                ("none", [], "does not exist")):
+            with self.subTest(kind):
+                for folder in folders:
+                    (self.folder / kind / folder).mkdir(parents=True)
+                if isinstance(expected, dict):
+                    self.assertEqual(evaluate.find_splits(self.folder / kind), {
+                        split: self.folder / kind / path for split, path in expected.items()})
+                else:
+                    with self.assertRaisesRegex(evaluate.UserError, expected):
+                        evaluate.find_splits(self.folder / kind)
+
+    def test_val_is_split_off_by_content_alone(self) -> None:
+        def sides(folder: Path, fraction: float = 0.5) -> dict[str, bool]:
+            parts = evaluate.split_off(evaluate.ImageFolder(folder, None), fraction)
+            return {path.removeprefix(f"{folder}/"): part is parts[1]
+                    for part in parts for path in part.paths}
+
+        folder = write_images(self.folder, train_count=12) / "train"
+        before = sides(folder)
+        self.assertEqual(len(before), 36)
+        self.assertTrue(8 < sum(before.values()) < 28)
+        shutil.copy(folder / "star" / "3.png", folder / "circle" / "copy.png")
+        (folder / "star" / "4.png").rename(folder / "star" / "renamed.png")
+        after = sides(folder)
+        self.assertEqual(after.pop("circle/copy.png"), before["star/3.png"])
+        self.assertEqual(after.pop("star/renamed.png"), before.pop("star/4.png"))
+        self.assertEqual(after, before)
+        for fraction, in_val in ((1e-9, 1), (1 - 1e-9, 11)):  # or all would be on one side
+            found = sides(self.folder / "train", fraction)
+            self.assertEqual([sum(found[f"square/{k}.png"] for k in range(12))], [in_val])
+        for path in (folder / "star").iterdir():
+            shutil.copy(folder / "star" / "0.png", path) if path.name != "0.png" else None
+        with self.assertRaisesRegex(evaluate.UserError, "too few images to split of star: each"):
+            sides(folder)
 
     def test_each_image_is_found_once_through_links_and_what_is_no_image_is_told(self) -> None:
         write_images(self.folder / "elsewhere", train_count=2, val_count=1)
@@ -1136,6 +1173,23 @@ class TrainingTest(ImagesTestCase):
             self.assertIn(f"best val accuracy {expected} (", printed)
             self.assertEqual(load(self.out / "best.pt")["epoch"], int(expected[-1]))
             self.assertEqual([2 * line["val_acc"] for line in read_log(self.out)], list(rights))
+
+    def test_a_folder_of_classes_is_enough(self) -> None:
+        flat = write_images(self.folder / "images", train_count=8) / "train"
+        self.assertRegex(self.train("--data", flat, "--val-split", 0.4),
+                         f"data +{flat}: .* val images split off by their content, 3 classes")
+        best, line = load(self.out / "best.pt"), read_log(self.out)[-1]
+        self.assertEqual((best["args"]["val_split"], best["data"]), (0.4, str(flat)))
+        figures, _ = self.evaluate(self.out / "best.pt")
+        self.assertEqual(figures["loss"], line["val_loss"])
+        self.assertTrue(3 <= figures["count"] < 21)
+        for data, count in ((flat, 24), (self.data, 9)):
+            self.assertEqual(self.evaluate(self.out / "best.pt", "--data", data)[0]["count"], count)
+        self.assert_errors(
+            train.main, (("--data", self.data, "--val-split", 0.4), "without val/: .* has one"),
+            (("--data", flat, "--resume", "--val-split", 0.3), "val-split 0.3 contradicts"))
+        (flat.parent / "train").rename(flat.parent / "other")
+        self.assert_errors(train.main, (("--data", flat.parent), "has val/ but no train/: it"))
 
     def test_a_head_is_used_by_the_names_of_its_classes(self) -> None:
         path, classes = self.folder / "weights.pt", self.best["classes"]
@@ -2088,7 +2142,7 @@ class BadInputTest(ImagesTestCase):
         for split in ("train", "val"):
             (flat / split).mkdir(parents=True)
         (self.data / "train" / "star").rename(self.folder / "elsewhere")
-        self.assert_errors(train.main, (("--data", nowhere), "no train/ and val/ in it"),
+        self.assert_errors(train.main, (("--data", nowhere), "nowhere has no class folders"),
                            (("--data", flat), "no class folders"),
                            ((), "classes of train/ and val/ .* differ: .* star"))
         (self.data / "train" / "star").mkdir()

@@ -16,8 +16,8 @@ if __name__ == "__main__":  # `python -P` leaves the script's folder out
 
 # Before torch, as it checks that torch and torchvision fit together.
 from evaluate import (SIZES, ImageFolder, Machine, Parser, Predictions, Progress, UserError,
-                      find_splits, read_checkpoint, report_html, run_script, shorten, tell_left_out,
-                      write_file)
+                      find_splits, read_checkpoint, report_html, run_script, shorten, split_off,
+                      tell_left_out, write_file)
 
 import argparse
 import contextlib
@@ -73,7 +73,8 @@ DEFAULTS = dict(
     data=None, out=".", resume=None, save_every=10.0, compare=None,
     compare_arms=["control", "distillation"], report=False, check=False, skip_unreadable=False,
     recipe="tuned", epochs=5, distillation=True, seed=0, arch="resnet18", student_layer=None,
-    teacher_layer=None, workers=None, device="auto", precision="auto", compile=False)
+    teacher_layer=None, val_split=None, workers=None, device="auto", precision="auto",
+    compile=False)
 
 # The first six are flags, too; students: of layers; fine_tune: fit the classifiers first, let their
 # error decide the lr, and average the weights (where the last layer is not linear, there is no such
@@ -105,6 +106,7 @@ LR_PER_ERROR = 0.03
 GIVEN_SHARE, GIVEN_POWER = 0.5, 8
 ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
         "distillation": {}}  # of --compare, by what they change
+VAL_SPLIT = 0.2  # of a folder without val/
 LAST_SEED = 2 ** 32 - 1
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
 
@@ -198,33 +200,40 @@ def process_group() -> Iterator[None]:
 
 # The data
 
-def open_splits(data: str | None, size: int,
-                skip_unreadable: bool) -> tuple[ImageFolder, ImageFolder]:
-    """Open train/ and val/, whose classes must be the same; download or draw what is missing."""
+def open_splits(data: str | None, size: int, skip_unreadable: bool,
+                val_split: float | None) -> tuple[ImageFolder, ImageFolder]:
+    """Open the images to train on and to validate on; download or draw what is missing."""
     with local_rank_zero_first():
-        folder = find_data(data).resolve()
-    transform = val_transform(size, normalized=False)
-    train_set, val_set = (ImageFolder(folder / split, transform) for split in ("train", "val"))
-    unmatched = sorted(set(train_set.classes) ^ set(val_set.classes))
-    if unmatched:
-        raise UserError(f"the classes of train/ and val/ in {folder} differ: only one of them "
-                        f"has {shorten(unmatched)}")
-    for images in (train_set, val_set):
+        splits = find_data(data)
+    if [*splits] == ["val"]:
+        raise UserError(f"data folder {data} has val/ but no train/: it needs both, or class "
+                        "folders alone, of which --val-split takes a part (--check tells more)")
+    if len(splits) == 2 and val_split:
+        raise UserError(f"--val-split {val_split} is for a folder without val/: {data} has one")
+    parts = [ImageFolder(folder.resolve(), val_transform(size, normalized=False))
+             for folder in splits.values()]
+    for images in parts:
         tell_left_out(images.root, images.left_out)
         if skip_unreadable:
             images.leave_out(gather(images.find_unreadable(slice(rank(), None, world_size()))))
-    return train_set, val_set
+    if len(parts) == 1:
+        return split_off(parts[0], val_split or VAL_SPLIT)
+    unmatched = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+    if unmatched:
+        raise UserError(f"the classes of train/ and val/ in {data} differ: only one of them has "
+                        f"{shorten(unmatched)}")
+    return tuple(parts)
 
 
-def find_data(data: str | None) -> Path:
-    """The folder with train/ and val/; the embedded set is drawn, an Imagenette downloaded."""
+def find_data(data: str | None) -> dict[str, Path]:
+    """`find_splits`, for which the embedded set is drawn, or an Imagenette downloaded."""
     if data is None:
         data = Path("data/shapes")
         if not data.exists():
             draw_shapes(data)
     elif not Path(data).exists() and Path(data).name in IMAGENETTES:
         download_imagenette(Path(data))
-    return find_splits(data, "train", "val")
+    return find_splits(data)
 
 
 def download_imagenette(folder: Path) -> None:
@@ -356,6 +365,8 @@ class Trainer:
         self.args, self.machine = args, machine
         self.recipe = recipe_of(args.recipe, args.weights)
         self.train_set, self.val_set, self.classes = train_set, val_set, train_set.classes
+        self.is_split = train_set.root == val_set.root
+        self.data = train_set.root if self.is_split else str(Path(train_set.root).parent)
         self.fingerprints = {"train": fingerprint(train_set), "val": fingerprint(val_set)}
         self.make_loaders()
         torch.manual_seed(args.seed)
@@ -609,7 +620,8 @@ class Trainer:
             return
         args, out = self.args, Path(self.args.out)
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SAVED} | {
-            "data": str(Path(self.train_set.root).parent), "precision": self.machine.precision,
+            "data": self.data, "precision": self.machine.precision,
+            "val_split": (args.val_split or VAL_SPLIT) if self.is_split else None,
             "student_layer": list(self.hooked.student_layers),
             "teacher_layer": self.hooked.teacher_layer}
         last_acc = self.log[-1]["val_acc"] if self.log else self.best_acc
@@ -661,8 +673,8 @@ class Trainer:
             if classes:
                 changed.append(f"classes that it has only now or had only then: {shorten(classes)}")
             if changed:
-                raise UserError(f"{Path(self.train_set.root).parent} has changed since the run "
-                                f"began: {'; '.join(changed)}")
+                raise UserError(f"{self.data} has changed since the run began: "
+                                f"{'; '.join(changed)}")
             self.load_state_dict(checkpoint["run"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError("the checkpoint cannot be resumed, as it is damaged or of another "
@@ -972,12 +984,12 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     started = time.perf_counter()
     machine = Machine(args.device, args.precision, args.workers)
     refuse_shared_gpu(machine.device)
-    train_set, val_set = open_splits(args.data, args.size, args.skip_unreadable)
+    train_set, val_set = open_splits(args.data, args.size, args.skip_unreadable, args.val_split)
     trainer = Trainer(args, machine, train_set, val_set, resumed=checkpoint is not None)
     if checkpoint:
         trainer.restore(checkpoint)
-    print(f"data       {Path(train_set.root).parent}: {len(train_set)} train and {len(val_set)} "
-          f"val images, {len(train_set.classes)} classes")
+    print(f"data       {trainer.data}: {len(train_set)} train and {len(val_set)} val images"
+          f"{' split off by their content' * trainer.is_split}, {len(train_set.classes)} classes")
     print(f"network    {args.arch}, weights: {args.weights}, student "
           f"{', '.join(trainer.hooked.student_layers)}, teacher {trainer.hooked.teacher_layer}")
     print(f"machine    {machine.device}, {machine.precision}, {machine.workers} workers"
@@ -1110,10 +1122,9 @@ def print_comparison(figures: dict) -> None:
 
 def check(args: argparse.Namespace) -> int:
     """Read all images; print what would make training fail or mislead. Returns the exit code."""
-    folder = find_data(args.data)
     problems, notes, classes, copies = {}, {}, {}, defaultdict(list)
-    for split in ("train", "val"):
-        images = ImageFolder(folder / split, transform=None, allow_empty=True)
+    for split, folder in find_data(args.data).items():
+        images = ImageFolder(folder, transform=None, allow_empty=True)
         tell_left_out(images.root, images.left_out)
         classes[split], found = set(images.classes), examine(images, split, args.workers)
         counts = Counter(images.classes[label] for label in images.targets).most_common()
@@ -1129,7 +1140,12 @@ def check(args: argparse.Namespace) -> int:
         (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
             error for error in found if isinstance(error, str)]
     problems["classes that only one of train/ and val/ has"] = sorted(
-        classes["train"] ^ classes["val"])
+        set.union(*classes.values()) - set.intersection(*classes.values()))
+    if len(classes) == 1:
+        different = Counter(name for name, _ in {(name, digest) for digest, group in copies.items()
+                                                 for _, name, _ in group})
+        problems["classes of one image, too few to split off val"] = sorted(
+            name for name, count in different.items() if count == 1)
     for group in copies.values():
         splits, names, paths = map(list, zip(*group))
         for kind, what, found in (
@@ -1242,8 +1258,12 @@ def make_parser() -> Parser:
                     description="Fine-tune an image classifier while the network teaches itself.")
     group = parser.add_argument_group("data and results")
     group.add_argument("--data", metavar="DIR", help="folder with train/ and val/, each with one "
-                       "folder of images a class; a missing imagenette2, imagenette2-320 or "
-                       "imagenette2-160 is downloaded (default: drawn shapes in ./data/shapes)")
+                       "folder of images a class, or of class folders alone; a missing "
+                       "imagenette2, imagenette2-320 or imagenette2-160 is downloaded (default: "
+                       "drawn shapes in ./data/shapes)")
+    group.add_argument("--val-split", type=number(float, 0.001, 0.999), metavar="FRACTION",
+                       help="part to validate on of a folder without val/, which is split by the "
+                       f"images' content, without moving any (default: {VAL_SPLIT:g})")
     group.add_argument("--out", metavar="DIR", help="for best.pt, last.pt and log.jsonl (default: "
                        "the current folder)")
     group.add_argument("--resume", metavar="FILE", nargs="?", const="",
