@@ -38,6 +38,7 @@ import multiprocessing
 import re
 import shutil
 import signal
+import statistics
 import tempfile
 import textwrap
 import time
@@ -586,10 +587,20 @@ class Predictions(NamedTuple):
         return [column.cpu() for column in (labels, losses, top, probabilities)]
 
     def summarize(self, classes: list[str]) -> dict:
-        """Compute the figures that `--json` writes; accuracies are fractions."""
+        """Compute the figures that `--json` writes; all but counts and the loss are fractions.
+
+        A class that is never predicted has a precision of 0; one that is in neither labels nor
+        predictions is left out.
+        """
         labels, correct, count = self.labels, self.correct, len(self.labels)
-        counts = torch.bincount(labels, minlength=len(classes)).tolist()
-        rights = torch.bincount(labels[correct], minlength=len(classes)).tolist()
+        counts, guesses, rights = (torch.bincount(values, minlength=len(classes)).tolist()
+                                   for values in (labels, self.top[:, 0], labels[correct]))
+        per_class = {
+            name: {"count": counts[k], "correct": rights[k],
+                   "precision": rights[k] / max(1, guesses[k]),
+                   "recall": rights[k] / max(1, counts[k]),
+                   "f1": 2 * rights[k] / (counts[k] + guesses[k])}
+            for k, name in enumerate(classes) if counts[k] + guesses[k]}
         in_top5 = (self.top == labels[:, None]).any(dim=1)
         mistakes = Counter(zip(labels[~correct].tolist(), self.top[~correct, 0].tolist()))
         return {"top1": sum(rights) / count,
@@ -597,8 +608,10 @@ class Predictions(NamedTuple):
                 "top5": in_top5.sum().item() / count if len(classes) > 5 else None,
                 "loss": self.losses.double().mean().item(),
                 "count": count,
-                "per_class": {name: {"count": counts[position], "correct": rights[position]}
-                              for position, name in enumerate(classes) if counts[position]},
+                "macro_f1": statistics.mean(row["f1"] for row in per_class.values()),
+                "balanced_accuracy": statistics.mean(
+                    row["recall"] for row in per_class.values() if row["count"]),
+                "per_class": per_class,
                 "most_confused": [{"label": classes[label], "prediction": classes[prediction],
                                    "count": times}
                                   for (label, prediction), times in mistakes.most_common(5)],
@@ -783,7 +796,9 @@ def describe(summary: dict) -> list[str]:
     top5 = "" if summary["top5"] is None else f"  top-5 {summary['top5']:.4f}"
     lines = [f"top-1 {summary['top1']:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}  "
              f"loss {summary['loss']:.4f}  {summary['count']} images  "
-             f"{summary['images_per_second']:.1f} images/s"]
+             f"{summary['images_per_second']:.1f} images/s",
+             f"macro F1 {summary['macro_f1']:.4f}  balanced accuracy (the classes' mean recall) "
+             f"{summary['balanced_accuracy']:.4f}"]
     pairs = ["{label} taken for {prediction} {count}".format(**pair)
              for pair in summary["most_confused"]]
     return lines + ([f"most confused: {'; '.join(pairs)}"] if pairs else [])
@@ -856,12 +871,11 @@ def line_chart(title: str, lines: dict[str, list[tuple[float, float]]], low: flo
 
 def class_bars(summary: dict, most: int = 30) -> str:
     """A table of the accuracy by class, of those with the lowest one if there are many."""
-    rows = sorted((row["correct"] / row["count"], escape(name), row)
-                  for name, row in summary["per_class"].items())
+    rows = sorted((row["recall"], escape(name), row) for name, row in summary["per_class"].items())
     return '<table class="bars">' + "".join(
-        f'<tr><th title="{name}">{name}<td><i style="width: {accuracy:.0%}"></i><td>'
-        f'{accuracy:.3f}, {row["correct"]} of {row["count"]}'
-        for accuracy, name, row in rows[:most]) + "</table>"
+        f'<tr><th title="{name}">{name}<td><i style="width: {recall:.0%}"></i><td>'
+        f'{recall:.3f}, {row["correct"]} of {row["count"]}; precision {row["precision"]:.3f}, '
+        f'F1 {row["f1"]:.3f}' for recall, name, row in rows[:most]) + "</table>"
 
 
 def heat_map(matrix: Tensor, classes: list[str], most: int = 30) -> str:
@@ -985,10 +999,10 @@ def predict(model: nn.Module, loader: DataLoader, machine: Machine) -> Predictio
 
 def print_summary(summary: dict) -> None:
     width = max(len("class"), *map(len, summary["per_class"]))
-    print(f"{'class':{width}}  accuracy  correct  count")
+    print(f"{'class':{width}}  precision  recall      F1  correct  count")
     for name, row in summary["per_class"].items():
-        accuracy = row["correct"] / row["count"]
-        print(f"{name:{width}}  {accuracy:8.4f}  {row['correct']:7d}  {row['count']:5d}")
+        print(f"{name:{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:.4f}  "
+              f"{row['correct']:7d}  {row['count']:5d}")
     print(*describe(summary), sep="\n")
 
 

@@ -1268,8 +1268,10 @@ class TrainingTest(ImagesTestCase):
         expected, _ = self.evaluate(best)
         fewer = write_images(self.folder / "fewer", ("square", "star"))
         figures, _ = self.evaluate(best, "--data", fewer)
-        self.assertEqual(figures["per_class"], {name: expected["per_class"][name]
-                                                for name in ("square", "star")})
+        for name in ("square", "star"):
+            for figure in ("count", "correct", "recall"):
+                self.assertEqual(figures["per_class"][name][figure],
+                                 expected["per_class"][name][figure])
         other = write_images(self.folder / "other", ("circle", "cross"))
         self.assert_errors(evaluate.main,
                            ((best, "--data", other), "does not know: cross; it knows"))
@@ -1892,13 +1894,24 @@ class EvaluationTest(ImagesTestCase):
         figures = self.ten.summarize(list("abc"))
         interval = torch.tensor(figures.pop("top1_interval"))
         assert_close(interval, torch.tensor([0.3126738, 0.8318197]))  # Wilson, 6 of 10
+        rows = {name: dict(zip(("count", "correct", "precision", "recall", "f1"), row))
+                for name, *row in (("a", 5, 3, 1.0, 3 / 5, 3 / 4), ("b", 3, 2, 2 / 5, 2 / 3, 0.5),
+                                   ("c", 2, 1, 0.5, 0.5, 0.5))}
+        for figure, expected in (("macro_f1", 1.75 / 3), ("balanced_accuracy", 53 / 90)):
+            self.assertAlmostEqual(figures.pop(figure), expected)
         self.assertEqual(figures, {
             "top1": 0.6, "top5": None, "loss": 0.5625, "count": 10, "images_per_second": 5.0,
-            "per_class": {"a": {"count": 5, "correct": 3}, "b": {"count": 3, "correct": 2},
-                          "c": {"count": 2, "correct": 1}},
+            "per_class": rows,
             "most_confused": [{"label": "a", "prediction": "b", "count": 2},
                               {"label": "b", "prediction": "c", "count": 1},
                               {"label": "c", "prediction": "b", "count": 1}]})
+        # Without the labels of c, which is predicted twice, and with a class d that is nowhere.
+        part = self.ten._replace(**{name: getattr(self.ten, name)[:8] for name in (
+            "labels", "losses", "top", "probabilities")}).summarize(list("abcd"))
+        self.assertEqual(part["per_class"]["c"] | {"precision": 0}, dict.fromkeys(rows["c"], 0))
+        self.assertEqual([*part["per_class"]], ["a", "b", "c"])
+        self.assertAlmostEqual(part["macro_f1"], (3 / 4 + 4 / 7 + 0) / 3)
+        self.assertAlmostEqual(part["balanced_accuracy"], (3 / 5 + 2 / 3) / 2)
         self.assertEqual(evaluate.confusion_matrix(self.ten, 3).tolist(),
                          [[3, 2, 0], [0, 2, 1], [0, 1, 1]])
         more = self.ten._replace(top=torch.tensor([[0, 1, 2, 3, 4], [5, 4, 3, 2, 1]] * 5))
