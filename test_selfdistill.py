@@ -1085,7 +1085,7 @@ class TrainingTest(ImagesTestCase):
     def test_a_line_an_epoch_is_printed_and_on_a_terminal_one_that_is_rewritten(self) -> None:
         lines = [line for line in self.printed.splitlines() if not line.startswith("note: ")]
         self.assertEqual([line.split()[0] for line in lines], ["data", "network", "machine",
-                         "recipe", "epoch", "1/2", "2/2", "best", "python"])
+                         "recipe", "epoch", "1/2", "2/2", "best", "time", "wrote", "next"])
         self.assertIn("18 train and 9 val images, 3 classes", lines[0])
         self.assertIn("student layer2.1, layer3.1, teacher layer4.1", lines[1])
         self.assertRegex(lines[5], r" 1/2( +\d\.\d+){2} +\d\.\d+ \d\.\d+ +cos \d\.\d+( +\d+\.\d+)")
@@ -1170,7 +1170,7 @@ class TrainingTest(ImagesTestCase):
             with mock.patch.object(train.Trainer, "validate",
                                    side_effect=map(predictions, rights)):
                 printed = self.train("--epochs", len(rights))
-            self.assertIn(f"best val accuracy {expected} (", printed)
+            self.assertIn(f"best       val accuracy {expected} (", printed)
             self.assertEqual(load(self.out / "best.pt")["epoch"], int(expected[-1]))
             self.assertEqual([2 * line["val_acc"] for line in read_log(self.out)], list(rights))
 
@@ -1290,7 +1290,7 @@ class ComparisonTest(ImagesTestCase):
                 "control": ("--no-distillation",)}
         printed = self.train("--hint", 1, "--seed", 3, "--compare", 2, "--compare-arms", *arms)
         self.assertIn("run 6 of 6: distillation, seed 4", printed)
-        self.assertRegex(printed.splitlines()[-1], "^.*distillation .*, with 2 pairs$")
+        self.assertRegex(printed.splitlines()[-1], "^.*distillation .*, with 2 pairs: .*$")
         figures = json.loads((self.out / "compare.json").read_text())
         self.assertEqual([pair["seed"] for pair in figures["runs"]], [3, 4])
         self.assertEqual(list(figures["differences"]), [
@@ -1342,10 +1342,12 @@ class ComparisonTest(ImagesTestCase):
             rtol=0, atol=1e-5)
         assert_close(figures["arms"], {"control": {"mean": 0.5, "deviation": 0.0},
                                        "distillation": {"mean": 0.52, "deviation": 0.01}})
-        self.assertRegex(verdict, "cannot be told, with 3 pairs$")
-        self.assertEqual("distillation helps, with 3 pairs", verdict_of(0.02, 0.021, 0.022)[1])
-        self.assertEqual("distillation hurts, with 3 pairs", verdict_of(-0.02, -0.021, -0.022)[1])
-        self.assertRegex(verdict_of(0.02, 0.02)[1], "cannot be told .as all differences are equal")
+        self.assertRegex(verdict, "cannot be told, with 3 pairs: train with it or")
+        self.assertEqual("distillation helps, with 3 pairs: train with it",
+                         verdict_of(0.02, 0.021, 0.022)[1])
+        self.assertEqual("distillation hurts, with 3 pairs: use --no-distillation",
+                         verdict_of(-0.02, -0.021, -0.022)[1])
+        self.assertRegex(verdict_of(0.02, 0.02)[1], "cannot be told, with 2 pairs: all diff.* equal")
 
     def test_quantiles_of_t_are_those_of_tables(self) -> None:
         for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (29, 2.045)):
@@ -1451,7 +1453,7 @@ def contents(value: object) -> object:
         return value.shape, value.dtype, zlib.crc32(value.contiguous().numpy().tobytes())
     if isinstance(value, dict):
         return {key: contents(item) for key, item in value.items()
-                if key not in ("seconds", "images_per_second")}
+                if key not in ("seconds", "elapsed", "images_per_second")}
     return [contents(item) for item in value] if isinstance(value, list) else value
 
 

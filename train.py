@@ -106,6 +106,8 @@ LR_PER_ERROR = 0.03
 GIVEN_SHARE, GIVEN_POWER = 0.5, 8
 ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
         "distillation": {}}  # of --compare, by what they change
+MEANINGS = {"control": "nothing (--no-distillation)", "labels": "the labels (--hint 0 --soft 0)",
+            "distillation": "all that the loss above has"}
 VAL_SPLIT = 0.2  # of a folder without val/
 LAST_SEED = 2 ** 32 - 1
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
@@ -378,12 +380,17 @@ class Trainer:
         self.log: list[dict] = []  # a line for each of them
         self.best_epoch, self.best_acc = -1, -1.0
         self.start_acc = -1.0  # val accuracy of epoch 0, of the classifiers fitted
+        self.earlier, self.began = 0.0, time.monotonic()  # seconds before a resume; now
         self.start_epoch()
 
     def start_epoch(self) -> None:
         self.batch = 0  # batches of this epoch already trained on
         self.seconds = 0.0  # spent on them
         self.totals = torch.zeros(len(self.figures), device=self.machine.device)
+
+    def elapsed(self) -> float:
+        """Seconds since training began, those before a resume included."""
+        return self.earlier + time.monotonic() - self.began
 
     def fit(self) -> int:
         """Train for the epochs that are left. Returns the signal that stopped it, or 0."""
@@ -640,7 +647,7 @@ class Trainer:
     def state_dict(self) -> dict:
         return ({name: part.state_dict() for name, part in self.parts().items()}
                 | {name: getattr(self, name) for name in self.COUNTERS}
-                | {"data": self.fingerprints})
+                | {"data": self.fingerprints, "elapsed": self.elapsed()})
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in self.parts().items():
@@ -649,6 +656,7 @@ class Trainer:
             if type(state[name]) is not type(getattr(self, name)):
                 raise TypeError(f"{name} is a {type(state[name]).__name__}")
             setattr(self, name, state[name])
+        self.earlier = float(state["elapsed"])
         if len(self.totals) != len(self.figures):
             raise ValueError("other figures")
         self.totals = self.totals.to(self.machine.device)
@@ -981,7 +989,6 @@ def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
 
 def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     """`fine_tune`, in a folder that is claimed."""
-    started = time.perf_counter()
     machine = Machine(args.device, args.precision, args.workers)
     refuse_shared_gpu(machine.device)
     train_set, val_set = open_splits(args.data, args.size, args.skip_unreadable, args.val_split)
@@ -1011,10 +1018,12 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
         return 128 + stop
     for remark in trainer.remarks():
         print(f"note: {remark}")
-    print(f"best val accuracy {trainer.best_acc:.4f} in epoch {trainer.best_epoch} (on "
-          f"{len(val_set)} val images; ties go to the earlier epoch), "
-          f"{Progress.duration(time.perf_counter() - started)}")
-    print(f"python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
+    print(f"best       val accuracy {trainer.best_acc:.4f} in epoch {trainer.best_epoch} (on "
+          f"{len(val_set)} val images; ties go to the earlier epoch)")
+    print(f"time       {Progress.duration(trainer.elapsed())}")
+    print(f"wrote      in {args.out}: best.pt (the best epoch, for use), last.pt (to resume), "
+          f"log.jsonl (figures){', report.html' * args.report}")
+    print(f"next       python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
           f"{shlex.quote(str(Path(args.out, 'best.pt')))}")
     return 128 + stop if stop and args.compare else 0  # a signal that came too late for this run
 
@@ -1049,17 +1058,20 @@ def compare(given: dict) -> int:
 def run_comparison(given: dict, args: argparse.Namespace) -> int:
     """`compare`, in a folder that is claimed."""
     out, arms = Path(args.out), [arm for arm in ARMS if arm in args.compare_arms]
-    runs, precision, total = [], args.precision, args.compare * len(arms)
+    runs, precision, total, seconds = [], args.precision, args.compare * len(arms), 0.0
     for seed in range(args.seed, args.seed + args.compare):
         run = {"seed": seed}
         for arm in arms:
-            print(f"\nrun {len(runs) * len(arms) + len(run)} of {total}: {arm}, seed {seed}")
+            done = len(runs) * len(arms) + len(run) - 1
+            left = f", {Progress.duration((total - done) * seconds)} to go" if done else ""
+            print(f"\nrun {done + 1} of {total}: {arm}, seed {seed}{left}")
             folder = out / "compare" / f"{seed}-{arm}"
             code = fine_tune(*settle(given | ARMS[arm] | {
                 "seed": seed, "out": str(folder), "precision": precision, "resume": "auto"}))
             if code:
                 return code
-            run[arm], precision = on_rank_zero(outcome, folder)  # the same one for all runs
+            # The same precision for all runs.
+            run[arm], precision, seconds = on_rank_zero(outcome, folder)
         runs.append(run)
         if rank() == 0 and len(runs) > 1:
             figures = paired_statistics(runs, arms)
@@ -1069,10 +1081,10 @@ def run_comparison(given: dict, args: argparse.Namespace) -> int:
     return 0
 
 
-def outcome(out: Path) -> tuple[float, str]:
-    """The val accuracy of a run's last epoch, and the run's precision."""
+def outcome(out: Path) -> tuple[float, str, float]:
+    """The val accuracy of a run's last epoch, the run's precision, and the seconds it took."""
     checkpoint = load_tensors(out / "last.pt")
-    return checkpoint["val_acc"], checkpoint["args"]["precision"]
+    return checkpoint["val_acc"], checkpoint["args"]["precision"], checkpoint["run"]["elapsed"]
 
 
 def paired_statistics(runs: list[dict], arms: list[str]) -> dict:
@@ -1101,7 +1113,10 @@ def t_quantile(freedom: int) -> float:
 
 def print_comparison(figures: dict) -> None:
     arms, runs = figures["arms"], figures["runs"]
-    print("\nval accuracy after the last epoch\n     seed" + "".join(f"{arm:>14}" for arm in arms))
+    print("\nval accuracy after the last epoch, by the seed of a pair, and by what early layers "
+          "learn from:")
+    print(*(f"  {arm}: {MEANINGS[arm]}" for arm in arms), sep="\n")
+    print("     seed" + "".join(f"{arm:>14}" for arm in arms))
     for run in runs:
         print(f"{run['seed']:9}" + "".join(f"{run[arm]:14.4f}" for arm in arms))
     for name in ("mean", "deviation"):
@@ -1110,12 +1125,15 @@ def print_comparison(figures: dict) -> None:
         low, high = difference["interval"]
         print(f"{name}: {difference['mean']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}")
     low, high = figures["differences"]["distillation - control"]["interval"]
-    verdict = ("distillation helps" if low > 0 else "distillation hurts" if high < 0 else
-               "whether distillation helps or hurts cannot be told")
+    verdict, advice = (("distillation helps", "train with it") if low > 0 else
+                       ("distillation hurts", "use --no-distillation") if high < 0 else
+                       ("whether distillation helps or hurts cannot be told",
+                        "train with it or without, or compare more seeds"))
     if high - low < 1e-9:
-        verdict = ("whether distillation helps or hurts cannot be told (as all differences are "
-                   "equal, the interval says nothing: take more val images, or more seeds)")
-    print(f"{verdict}, with {len(runs)} pairs")
+        verdict, advice = ("whether distillation helps or hurts cannot be told",
+                           "all differences are equal, so that the interval says nothing; take "
+                           "more val images, or more seeds")
+    print(f"{verdict}, with {len(runs)} pairs: {advice}")
 
 
 # The check of a folder
