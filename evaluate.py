@@ -333,7 +333,7 @@ class ImageFolder(datasets.ImageFolder):
                 self.left_out["hidden folder(s)"] += entry.is_dir()
             elif entry.is_dir():
                 folders[name] = entry.path
-            else:
+            elif name != "classes.txt":
                 self.left_out["beside the class folders"] += 1
         if not folders:
             raise UserError(f"{directory} has no class folders: expected one folder of images "
@@ -465,6 +465,34 @@ def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageF
     for part, side in zip(parts, (False, True)):
         part.keep([in_val[place] == side for place in places])
     return parts
+
+
+def read_names(data: str | Path, classes: list[str]) -> list[str]:
+    """Names of classes for people: by classes.txt in the data folder, or by torchvision.
+
+    A line of the file has a class folder, a comma, and the name. torchvision knows Imagenette's.
+
+    Raises:
+        UserError: the file cannot be read, or has other lines.
+    """
+    known = getattr(datasets.Imagenette, "_WNID_TO_CLASS", {})
+    names = {folder: words[0] for folder, words in known.items()}
+    file = Path(data, "classes.txt")
+    if file.is_file():
+        try:
+            for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
+                folder, name = map(str.strip, line.split(",", 1))
+                names[unicodedata.normalize("NFC", folder)] = name
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be used: expected lines of a class folder, a comma and "
+                            f"a name ({error})") from None
+    return [names.get(name, name) for name in classes]
+
+
+def labelled(classes: list[str], names: list[str]) -> list[str]:
+    """Names of classes with their folders, where these differ: "tench (n01440764)"."""
+    return [folder if folder == name else f"{name} ({folder})"
+            for folder, name in zip(classes, names)]
 
 
 # The machine
@@ -693,6 +721,8 @@ def read_checkpoint(path: str | Path) -> dict:
                             and 0 < len(set(classes)) == len(classes),
                  "size": SIZES[0] <= checkpoint["size"] <= SIZES[1],
                  "exits": isinstance(checkpoint.get("exits", {}), dict),
+                 "names": len(names := checkpoint.get("names", classes)) == len(classes)
+                          and all(isinstance(name, str) for name in names),
                  "args": args.get("precision") in list(DTYPES)
                          and isinstance(batch_size, int) and batch_size > 0
                          and (val_split is None or isinstance(val_split, float))}
@@ -749,27 +779,30 @@ i { display: block; height: .8em; background: var(--c0) } .bars td:first-of-type
 """
 
 
-def report_html(title: str, predictions: Predictions, dataset: ImageFolder, log: list[dict],
-                augmented: Iterable[tuple[Tensor, str]] = (), refresh: bool = False) -> bytes:
+def report_html(title: str, predictions: Predictions, dataset: ImageFolder, classes: list[str],
+                log: list[dict], augmented: Iterable[tuple[Tensor, str]] = (),
+                refresh: bool = False) -> bytes:
     """Make a self-contained HTML page: figures, how training went, and mistakes, in pictures.
 
     Args:
         title: what was evaluated.
         predictions: for the images of `dataset`, in its order.
         dataset: the images predicted.
+        classes: their names.
         log: lines of log.jsonl; may be empty.
         augmented: train images (H, W, 3) in uint8 and their classes, to be shown. Default: none
         refresh: have the browser load the page again every 10 seconds. Default: False
     """
-    classes, correct = dataset.classes, predictions.correct
+    correct = predictions.correct
     summary = predictions.summarize(classes)
     order = predictions.confidences.argsort(descending=True)
     wrong, least = order[~correct[order]][:20].tolist(), order[correct[order]].flip(0)[:10].tolist()
 
     def thumbnails(indices: list[int]) -> str:
-        return "".join(thumbnail(dataset[index][0], f"{classes[predictions.labels[index]]}: "
-                                 f"{classes[predictions.top[index, 0]]} "
-                                 f"{predictions.confidences[index]:.3f}") for index in indices)
+        return "".join(thumbnail(
+            dataset[index][0], f"{os.path.basename(dataset.paths[index])}: label "
+            f"{classes[predictions.labels[index]]}, said {classes[predictions.top[index, 0]]} "
+            f"({predictions.confidences[index]:.2f})") for index in indices)
 
     sections = [("How good it is", "".join(f"<div>{escape(line)}</div>"
                                            for line in describe(summary))),
@@ -777,7 +810,7 @@ def report_html(title: str, predictions: Predictions, dataset: ImageFolder, log:
                 ("Accuracy by class, the worst first", class_bars(summary)),
                 ("Labels (rows) and predictions (columns)",
                  heat_map(confusion_matrix(predictions, len(classes)), classes)),
-                ("The most confident mistakes, with label: prediction", thumbnails(wrong)),
+                ("The most confident mistakes", thumbnails(wrong)),
                 ("The least certain right answers", thumbnails(least)),
                 ("Augmented train images",
                  "".join(thumbnail(*item) for item in augmented))]
@@ -968,7 +1001,8 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
     print(title, f"{dataset.root}: {len(dataset)} images", sep="\n")
     predictions = predict(model, loader, machine)
     summary = predictions.summarize(classes)
-    print_summary(summary)
+    names = labelled(classes, checkpoint.get("names", classes))
+    print_summary(predictions.summarize(names))
     for layer, network in exits.items():
         figures = predict(network, loader, machine).summarize(classes)
         summary.setdefault("exits", {})[layer] = figures
@@ -976,7 +1010,8 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
               f"{figures['images_per_second']:.1f} images/s")
     if args.report:
         write_file(Path(args.report, "report.html"),
-                   report_html(title, predictions, dataset, read_log(Path(args.checkpoint))))
+                   report_html(title, predictions, dataset, names,
+                               read_log(Path(args.checkpoint))))
     if args.json:
         matrix = confusion_matrix(predictions, len(classes)).tolist()
         write_json(args.json, summary | {"classes": classes, "confusion_matrix": matrix})

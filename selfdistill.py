@@ -95,20 +95,16 @@ def _compose(transforms: list[v2.Transform], normalized: bool) -> v2.Compose:
 
 
 def train_transform(size: int = 224, scale: tuple[float, float] = (0.08, 1.0),
-                    normalized: bool = True,
-                    jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> v2.Compose:
-    """Random crop, mirroring, colours: PIL image or uint8 tensor -> float tensor (3, size, size).
+                    normalized: bool = True) -> v2.Compose:
+    """Random crop and mirroring: PIL image or uint8 tensor -> float tensor (3, size, size).
 
     Args:
         size: height and width of the result, in pixels. Default: 224
         scale: range of a crop's share of the image's area. Default: (0.08, 1.0)
         normalized: False leaves the result in uint8, for `normalize` to do whole batches.
             Default: True
-        jitter: largest relative changes of brightness, contrast and saturation. Default: none
     """
-    colours = [v2.ColorJitter(*jitter)] if any(jitter) else []
-    return _compose([_RandomResizedCrop(size, scale), v2.RandomHorizontalFlip(), *colours],
-                    normalized)
+    return _compose([_RandomResizedCrop(size, scale), v2.RandomHorizontalFlip()], normalized)
 
 
 def val_transform(size: int = 224, normalized: bool = True) -> v2.Compose:

@@ -16,8 +16,8 @@ if __name__ == "__main__":  # `python -P` leaves the script's folder out
 
 # Before torch, as it checks that torch and torchvision fit together.
 from evaluate import (SIZES, ImageFolder, Machine, Parser, Predictions, Progress, UserError,
-                      find_splits, read_checkpoint, report_html, run_script, shorten, split_off,
-                      tell_left_out, write_file)
+                      find_splits, labelled, read_checkpoint, read_names, report_html, run_script,
+                      shorten, split_off, tell_left_out, write_file)
 
 import argparse
 import contextlib
@@ -82,9 +82,8 @@ DEFAULTS = dict(
 TUNED = dict(
     alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
     detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
-    weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), jitter=(0.3, 0.3, 0.1),
-    fine_tune=True, scratch=dict(lr=0.1, batch_size=32, crop_scale=(0.6, 1.0),
-                                 jitter=(0.0, 0.0, 0.0), fine_tune=False))
+    weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
+    scratch=dict(lr=0.1, batch_size=32, crop_scale=(0.6, 1.0), fine_tune=False))
 RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
@@ -92,7 +91,7 @@ RECIPES = {
         alpha=0.5, hint=1.0, labels=0.0, soft=0.0, batch_size=32, lr=0.01, students=1,
         detach_teacher=False, normalize=False, train_adapter=False, one_cycle=False,
         nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
-        jitter=(0.0, 0.0, 0.0), fine_tune=False, scratch={}),
+        fine_tune=False, scratch={}),
 }
 RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
 # What a resumed run may change; --epochs only as `settle` allows.
@@ -102,7 +101,7 @@ NOT_SAVED = ("out", "resume", "compare", "compare_arms", "check")  # in a checkp
 # How far fine-tuning goes from the weights given, by the val accuracy a of epoch 0: its peak rate
 # is LR_PER_ERROR (1 - a), and their share in the average of all weights after the last step
 # GIVEN_SHARE a ** GIVEN_POWER.
-LR_PER_ERROR = 0.03
+LR_PER_ERROR = 0.025
 GIVEN_SHARE, GIVEN_POWER = 0.5, 8
 ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
         "distillation": {}}  # of --compare, by what they change
@@ -369,6 +368,7 @@ class Trainer:
         self.train_set, self.val_set, self.classes = train_set, val_set, train_set.classes
         self.is_split = train_set.root == val_set.root
         self.data = train_set.root if self.is_split else str(Path(train_set.root).parent)
+        self.names = read_names(self.data, self.classes)
         self.fingerprints = {"train": fingerprint(train_set), "val": fingerprint(val_set)}
         self.make_loaders()
         torch.manual_seed(args.seed)
@@ -636,6 +636,8 @@ class Trainer:
                       "classes": self.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
                       "std": list(IMAGENET_STD), "epoch": self.epoch, "val_acc": max(0.0, last_acc),
                       "data": settings["data"], "args": settings}
+        if self.names != self.classes:
+            checkpoint["names"] = self.names
         if self.exit_layers:
             checkpoint["exits"] = self.exits()
         if self.is_best():
@@ -699,9 +701,10 @@ class Trainer:
                      for index in range(0, count, math.ceil(count / 20))]
         title = (f"{Path(self.args.out).resolve().name}: {self.args.arch} after epoch {self.epoch} "
                  f"of {self.args.epochs}")
+        names = labelled(self.classes, self.names)
         write_file(Path(self.args.out, "report.html"), report_html(
-            title, predictions, self.val_set, self.log,
-            [(image, self.classes[label]) for image, label in augmented],
+            title, predictions, self.val_set, names, self.log,
+            [(image, names[label]) for image, label in augmented],
             refresh=self.epoch < self.args.epochs))
 
     def make_loaders(self) -> None:
@@ -715,8 +718,7 @@ class Trainer:
             raise UserError(f"the smallest batch leaves a process {least} images, too few for "
                             f"batch norm at {args.size} pixels: use a larger --batch-size or "
                             "--size")
-        transform = train_transform(args.size, self.recipe["crop_scale"], normalized=False,
-                                    jitter=self.recipe["jitter"])
+        transform = train_transform(args.size, self.recipe["crop_scale"], normalized=False)
         self.train_loader = self.machine.loader(Augmented(self.train_set, transform),
                                                 batch_sampler=self.sampler)
         share = range(rank(), len(self.val_set), processes)
