@@ -49,7 +49,7 @@ from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch.nn.functional as F
 from PIL import Image, features
@@ -947,7 +947,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
                          "classes of these images, or of those in these folders")
     instead.add_argument("--export", metavar="FILE", type=Path, help="instead, write the network: "
                          "FILE.pt2 (torch.export), FILE.onnx, or FILE.pth (torchvision state dict)")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE; -: to "
+                        "standard output, and all else to standard error",
+                        type=lambda path: sys.stdout if path == "-" else path)
     parser.add_argument("--save-predictions", metavar="FILE", help="write a table (CSV) of path, "
                         "label, prediction and confidence of each image")
     parser.add_argument("--batch-size", type=Parser.number(int, 1), metavar="N",
@@ -1121,8 +1123,12 @@ def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) 
         sys.exit(1)
 
 
-def write_json(path: str, figures: dict | list) -> None:
-    write_file(path, json.dumps(figures, indent=2).encode())
+def write_json(file: str | TextIO, figures: dict | list) -> None:
+    text = json.dumps(figures, indent=2)
+    if isinstance(file, str):
+        write_file(file, text.encode())
+    else:
+        print(text, file=file)
 
 
 def write_csv(path: str, rows: Iterable[tuple]) -> None:
@@ -1201,6 +1207,12 @@ def export_onnx(model: nn.Module, images: Tensor, dynamic: tuple, metadata: dict
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
+    with contextlib.redirect_stdout(sys.stderr if args.json is sys.stdout else sys.stdout):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, predict or export, as the flags say."""
     checkpoint = read_checkpoint(args.checkpoint)
     try:
         model, _, _ = load_classifier(checkpoint)

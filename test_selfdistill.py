@@ -1980,6 +1980,11 @@ class EvaluationTest(ImagesTestCase):
         self.assertEqual(figures["confusion_matrix"], counts)
         self.assertEqual(figures["top1"], sum(counts[k][k] for k in range(3)) / 9)
 
+        with contextlib.redirect_stderr(io.StringIO()) as others:
+            printed = run(evaluate.main, self.path, "--batch-size", 1, "--json", "-")
+        self.assertEqual(json.loads(printed)["confusion_matrix"], counts)
+        self.assertIn("top-1", others.getvalue())
+
         # Predicting the same images says the same, whatever else there is.
         bad = self.folder / "bad.jpg"
         bad.write_bytes(b"not an image")
@@ -2129,9 +2134,14 @@ class ReadmeTest(TestCase):
     TEXT = (HERE / "README.md").read_text(encoding="utf-8")
 
     def test_the_code_runs_as_shown(self) -> None:
-        code = re.search(r"```python\n(.*?)```", self.TEXT, re.DOTALL)[1]
         self.enter_folder()
-        exec(compile(code, "README.md", "exec"), {})
+        torch.save(checkpoint_of(self.folder), "best.pt")
+        train.draw_shape("star", random.Random(0)).save("cat.jpg")
+        blocks = re.findall(r"```python\n(.*?)```", self.TEXT, re.DOTALL)
+        self.assertEqual(len(blocks), 2)
+        for code in blocks:
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(code, "README.md", "exec"), {})
         resnet18(num_classes=10).load_state_dict(load("plain_resnet18.pt"))
 
     def test_the_scripts_know_the_flags_of_every_command(self) -> None:
