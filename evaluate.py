@@ -52,7 +52,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import torch.nn.functional as F
-from PIL import Image, features
+from PIL import Image
 from torch import Tensor, nn
 from torch.fx import symbolic_trace, wrap
 from torch.fx.experimental.optimization import fuse
@@ -69,10 +69,9 @@ from selfdistill import (is_upright, load_classifier, load_tensors, normalize, p
 
 SIZES = (32, 2048)  # least and greatest height and width of an image, in pixels
 IMAGE_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe", ".gif",
-                  *([".avif"] if features.check("avif") else []))
+                  *({".avif"} & Image.registered_extensions().keys()))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What to say of failures, by what torch's messages have in them: of accelerators, of CPUs, of a
-# loader's workers and what they share, and of compilers.
+# One-line advice for known failures, by substrings of torch's messages.
 FAILURES = {
     "too many open files: use fewer --workers, or raise the limit (ulimit -n)":
         ("Too many open files", "ancdata"),
@@ -84,7 +83,7 @@ FAILURES = {
 
 
 class UserError(Exception):
-    """A mistake of the user's, to be told in one line and without a traceback."""
+    """A user's mistake, reported in one line without a traceback."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -93,15 +92,16 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout = open(os.devnull, "w")
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout = Output(sys.stdout.buffer, sys.stdout.encoding, "backslashreplace",
-                            line_buffering=sys.stdout.line_buffering)
+                            line_buffering=sys.stdout.line_buffering,
+                            write_through=sys.stdout.write_through)
     script = Path(sys.argv[0]).name
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         hint = " (--skip-unreadable leaves such images out)"
-        sys.exit(f"{script}: error: {printable(str(error))}"
-                 + hint * isinstance(error, UnreadableImage))
+        message = printable(str(error)).replace("\n", "\\n")
+        sys.exit(f"{script}: error: {message}" + hint * isinstance(error, UnreadableImage))
     except (RuntimeError, OSError) as error:
         reasons = [reason for reason, signs in FAILURES.items()
                    if any(sign in str(error) for sign in signs)]
@@ -114,34 +114,31 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 class Output(io.TextIOWrapper):
-    """Standard output that ends no run: what it cannot write any more is lost, and said once.
+    """Standard output whose failures stop no run: what follows one is discarded, with one warning.
 
-    A reader that has enough, as in `evaluate.py ... | head`, is not worth a word.
+    A closed pipe, as of `evaluate.py ... | head`, gives none.
     """
 
     def write(self, text: str) -> int:
-        with self.giving_up():
-            super().write(text if text == Progress.CLEAR else
-                          "\n".join(map(printable, text.split("\n"))))
+        self.attempt(super().write, text if text == Progress.CLEAR else printable(text))
         return len(text)
 
     def flush(self) -> None:
-        with self.giving_up():
-            super().flush()
+        self.attempt(super().flush)
 
-    @contextlib.contextmanager
-    def giving_up(self) -> Iterator[None]:
+    def attempt(self, function: Callable, *arguments: str) -> None:
         try:
-            yield
+            function(*arguments)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             if not isinstance(error, BrokenPipeError):
-                print(f"standard output is lost from here on: {error.strerror}", file=sys.stderr)
+                with contextlib.suppress(OSError):  # of the same lost terminal
+                    print(f"standard output is lost: {error.strerror}", file=sys.stderr)
 
 
 def printable(text: str) -> str:
-    """A text with its control characters, of a file's name say, as escape sequences."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+    """A text with its control characters, but for newlines, as escape sequences."""
+    return re.sub(r"[\x00-\t\v-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,10 +177,10 @@ class Progress:
     """A line on a terminal, rewritten at most twice a second; silent elsewhere.
 
     Args:
-        what: is counted.
-        total: to count to.
-        done: counted before. Default: 0
-        later: what follows `total`, for the time left. Default: 0
+        what: unit counted.
+        total: number of items.
+        done: items processed before. Default: 0
+        later: items after `total`, for the time left. Default: 0
     """
 
     CLEAR = "\r\033[K"  # the line
@@ -263,7 +260,7 @@ def find_images(folder: str, left_out: Counter, seen: set[str]) -> list[str]:
     Args:
         folder: to look in.
         left_out: counts what is not read: other files by suffix, and hidden folders.
-        seen: real paths of folders that are not entered again; those found are added.
+        seen: real paths of folders already visited; updated.
 
     Raises:
         UserError: a folder cannot be read.
@@ -279,7 +276,7 @@ def find_images(folder: str, left_out: Counter, seen: set[str]) -> list[str]:
         visible = {os.path.realpath(os.path.join(parent, name)): name
                    for name in sorted(inside, reverse=True) if not name.startswith(".")}
         inside[:] = sorted(visible[real] for real in visible.keys() - seen - above)
-        seen |= visible.keys()
+        seen.update(visible)
         for name in sorted(names):
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                 found.append(os.path.join(parent, name))
@@ -324,20 +321,20 @@ class ImageFolder(datasets.ImageFolder):
             raise UserError(f"cannot read the folder {directory}: {error.strerror}") from None
         for entry in entries:
             name = unicodedata.normalize("NFC", entry.name)
-            if not os.path.exists(entry.path):
-                raise UserError(f"{entry.path} is a link to nothing: mend or remove it")
-            if name in folders:
-                raise UserError(f"{directory} has two class folders named {name}, in two Unicode "
-                                "forms of the same letters: put their images into one")
             if name.startswith("."):
                 self.left_out["hidden folder(s)"] += entry.is_dir()
+            elif not os.path.exists(entry.path):
+                raise UserError(f"{entry.path} is a broken link: fix or remove it")
+            elif name in folders:
+                raise UserError(f"{directory} has two class folders named {name}, in two Unicode "
+                                "forms of the same letters: put their images into one")
             elif entry.is_dir():
                 folders[name] = entry.path
             elif name != "classes.txt":
                 self.left_out["beside the class folders"] += 1
         if not folders:
             raise UserError(f"{directory} has no class folders: expected one folder of images "
-                            "for each class, in it or in its train/ and val/ (--check tells more)")
+                            "for each class, in it or in its train/ and val/")
         classes = self.known_classes or list(folders)
         labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(classes)}
         unknown = sorted(folders.keys() - labels.keys())
@@ -348,16 +345,13 @@ class ImageFolder(datasets.ImageFolder):
 
     def make_dataset(self, directory: str, class_to_idx: dict[str, int], *unused: object,
                      allow_empty: bool = False, **others: object) -> list[tuple[str, int]]:
-        seen, samples = set(map(os.path.realpath, [directory, *class_to_idx])), []
-        for folder, label in class_to_idx.items():
-            samples += [(path, label) for path in find_images(folder, self.left_out, seen)]
-        with_images = {label for _, label in samples}
-        empty = [Path(folder).name for folder, label in class_to_idx.items()
-                 if label not in with_images]
+        seen = set(map(os.path.realpath, [directory, *class_to_idx]))
+        found = {folder: find_images(folder, self.left_out, seen) for folder in class_to_idx}
+        empty = [Path(folder).name for folder, paths in found.items() if not paths]
         if empty and not allow_empty:
             raise UserError(f"{directory} has no images of the classes {shorten(empty)}: expected "
                             f"files that end in {', '.join(IMAGE_SUFFIXES)}")
-        return samples
+        return [(path, class_to_idx[folder]) for folder, paths in found.items() for path in paths]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.load(index, self.transform)
@@ -370,18 +364,28 @@ class ImageFolder(datasets.ImageFolder):
     def paths(self) -> list[str]:
         return [path for path, _ in self.samples]
 
-    def find_unreadable(self, part: slice = slice(None)) -> list[str]:
-        """Read all images, or a part of them; return the paths of those that cannot be read."""
-        def is_unreadable(path: str) -> bool:
+    def read_all(self, part: slice = slice(None), workers: int | None = None) -> list[bytes | str]:
+        """Read all images, or a part: a digest of the pixels of each, or why it cannot be read."""
+        def read(path: str) -> bytes | str:
             try:
-                self.loader(path)
-            except UnreadableImage:
-                return True
-            return False
+                pixels = self.loader(path)
+            except UnreadableImage as error:
+                return str(error)
+            return hashlib.sha256(repr(pixels.shape).encode() + pixels.numpy().tobytes()).digest()
 
-        paths = self.paths[part]
-        with ThreadPool(Machine.usable_cores()) as pool:
-            return [path for path, failed in zip(paths, pool.map(is_unreadable, paths)) if failed]
+        paths, results = self.paths[part], []
+        progress = Progress(f"reading {self.root}: images", len(paths))
+        with ThreadPool(workers or Machine.usable_cores()) as pool:
+            for result in pool.imap(read, paths, chunksize=8):
+                results.append(result)
+                progress.advance(1)
+        progress.rewrite()
+        return results
+
+    def find_unreadable(self, part: slice = slice(None)) -> list[str]:
+        """The paths of the images, or of a part of them, that cannot be read."""
+        return [path for path, result in zip(self.paths[part], self.read_all(part))
+                if isinstance(result, str)]
 
     def keep(self, chosen: list[bool]) -> None:
         """Go on with some of the images only."""
@@ -402,13 +406,13 @@ class ImageFolder(datasets.ImageFolder):
 
 
 def find_splits(data: str | Path) -> dict[str, Path]:
-    """The folders of images in a folder, by split: of `train` and `val`, those that there are.
+    """Find the train/ and val/ folders of a data folder, those that there are, by split.
 
     They are in `data` or, if both, in the one folder in it that has them. Where there is neither,
     `data` is taken for a folder of class folders, the split "all".
 
     Raises:
-        UserError: there is no such folder, or it is not plain what is val.
+        UserError: it is missing, or which part is val is unclear.
     """
     def splits_in(folder: Path) -> dict[str, Path]:  # os.path, as Path.is_dir may raise
         return {split: folder / split for split in ("train", "val")
@@ -417,13 +421,15 @@ def find_splits(data: str | Path) -> dict[str, Path]:
     data = Path(data)
     if not os.path.isdir(data):
         raise UserError(f"data folder {data} does not exist")
-    deeper = [folder for folder in sorted(data.iterdir()) if len(splits_in(folder)) == 2]
-    if splits_in(data):
-        deeper = []
-    if len(deeper) > 1:
+    try:
+        folders = [data] if splits_in(data) else [
+            folder for folder in sorted(data.iterdir()) if len(splits_in(folder)) == 2] or [data]
+    except OSError as error:
+        raise UserError(f"cannot read the folder {data}: {error.strerror}") from None
+    if len(folders) > 1:
         raise UserError(f"data folder {data} has several folders with train/ and val/ in it, "
-                        f"{shorten(deeper)}: name one of them")
-    folder = deeper[0] if deeper else data
+                        f"{shorten(folders)}: name one of them")
+    folder, = folders
     splits = splits_in(folder)
     for name in ("valid", "validation", "test"):
         if [*splits] == ["train"] and os.path.isdir(folder / name):
@@ -436,15 +442,18 @@ def find_splits(data: str | Path) -> dict[str, Path]:
 def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageFolder]:
     """Split images into those to train on and those to validate on, by their files' content alone.
 
-    An image is for validation if a hash of its file, from 0 to 1, is below the fraction. So renamed
-    images stay where they are, and copies together. A class whose images would all be on one side
-    gives the lowest, or the highest, to the other.
+    An image goes to val if a hash of its file, scaled to [0, 1], is below `fraction`: renaming
+    moves no image, and copies stay together. A class entirely on one side gives one image to the
+    other.
 
     Raises:
-        UserError: a class has fewer than two different images.
+        UserError: a class has fewer than two different images, or a file cannot be read.
     """
     def place_of(path: str) -> float:
-        digest = hashlib.sha256(Path(path).read_bytes()).digest()
+        try:
+            digest = hashlib.sha256(Path(path).read_bytes()).digest()
+        except OSError as error:
+            raise UnreadableImage(f"cannot read the image {path}: {error.strerror}") from None
         return int.from_bytes(digest[:8], "big") / 2 ** 64
 
     with ThreadPool(Machine.usable_cores()) as pool:
@@ -454,8 +463,8 @@ def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageF
         by_label[label].add(place)
     alone = [images.classes[label] for label, found in by_label.items() if len(found) < 2]
     if alone:
-        raise UserError(f"{images.root} has too few images to split of {shorten(alone)}: each "
-                        "class needs two that differ")
+        raise UserError(f"cannot split off val images in {images.root}: fewer than two different "
+                        f"images of {shorten(alone)}")
     for found in by_label.values():
         if not any(in_val[place] for place in found):
             in_val[min(found)] = True
@@ -468,7 +477,7 @@ def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageF
 
 
 def read_names(data: str | Path, classes: list[str]) -> list[str]:
-    """Names of classes for people: by classes.txt in the data folder, or by torchvision.
+    """Human-readable class names, from classes.txt in the data folder or from torchvision.
 
     A line of the file has a class folder, a comma, and the name. torchvision knows Imagenette's.
 
@@ -480,7 +489,7 @@ def read_names(data: str | Path, classes: list[str]) -> list[str]:
     file = Path(data, "classes.txt")
     if file.is_file():
         try:
-            for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
+            for line in filter(str.strip, file.read_text(encoding="utf-8-sig").splitlines()):
                 folder, name = map(str.strip, line.split(",", 1))
                 names[unicodedata.normalize("NFC", folder)] = name
         except (OSError, ValueError) as error:
@@ -591,7 +600,7 @@ def kill_workers() -> None:
 # Predictions and their figures
 
 class Predictions(NamedTuple):
-    """What a network says of N images, on the CPU."""
+    """Predictions for N images, on the CPU."""
     labels: Tensor  # (N) int64
     losses: Tensor  # (N) float32, cross-entropy in nats
     top: Tensor  # (N, min(5, K)) int64, the best classes, best first
@@ -712,7 +721,9 @@ def read_checkpoint(path: str | Path) -> dict:
     except ValueError as error:
         raise UserError(str(error)) from None
     kinds = {"model": dict, "arch": str, "classes": list, "size": int, "mean": list, "std": list,
-             "epoch": int, "val_acc": float, "data": str, "args": dict}
+             "epoch": int, "val_acc": float, "data": str, "args": dict, "exits": dict,
+             "names": list}
+    checkpoint = {"exits": {}, "names": checkpoint.get("classes")} | checkpoint
     wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     if not wrong:
         classes, args = checkpoint["classes"], checkpoint["args"]
@@ -720,9 +731,8 @@ def read_checkpoint(path: str | Path) -> dict:
         sound = {"classes": all(isinstance(name, str) for name in classes)
                             and 0 < len(set(classes)) == len(classes),
                  "size": SIZES[0] <= checkpoint["size"] <= SIZES[1],
-                 "exits": isinstance(checkpoint.get("exits", {}), dict),
-                 "names": len(names := checkpoint.get("names", classes)) == len(classes)
-                          and all(isinstance(name, str) for name in names),
+                 "names": len(checkpoint["names"]) == len(classes)
+                          and all(isinstance(name, str) for name in checkpoint["names"]),
                  "args": args.get("precision") in list(DTYPES)
                          and isinstance(batch_size, int) and batch_size > 0
                          and (val_split is None or isinstance(val_split, float))}
@@ -801,7 +811,8 @@ def report_html(title: str, predictions: Predictions, dataset: ImageFolder, clas
     def thumbnails(indices: list[int]) -> str:
         return "".join(thumbnail(
             dataset[index][0], f"{os.path.basename(dataset.paths[index])}: label "
-            f"{classes[predictions.labels[index]]}, said {classes[predictions.top[index, 0]]} "
+            f"{classes[predictions.labels[index]]}, predicted "
+            f"{classes[predictions.top[index, 0]]} "
             f"({predictions.confidences[index]:.2f})") for index in indices)
 
     sections = [("How good it is", "".join(f"<div>{escape(line)}</div>"
@@ -904,7 +915,8 @@ def line_chart(title: str, lines: dict[str, list[tuple[float, float]]], low: flo
 
 def class_bars(summary: dict, most: int = 30) -> str:
     """A table of the accuracy by class, of those with the lowest one if there are many."""
-    rows = sorted((row["recall"], escape(name), row) for name, row in summary["per_class"].items())
+    rows = sorted((row["recall"], escape(name), row) for name, row in summary["per_class"].items()
+                  if row["count"])
     return '<table class="bars">' + "".join(
         f'<tr><th title="{name}">{name}<td><i style="width: {recall:.0%}"></i><td>'
         f'{recall:.3f}, {row["correct"]} of {row["count"]}; precision {row["precision"]:.3f}, '
@@ -974,15 +986,23 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
     """The val images to evaluate on."""
-    splits = find_splits(args.data or checkpoint["data"])
-    fraction = None if args.data else checkpoint["args"].get("val_split")
-    dataset = ImageFolder(splits.get("val") or [*splits.values()][0],
+    data = args.data or checkpoint["data"]
+    splits, fraction = find_splits(data), checkpoint["args"].get("val_split")
+    if [*splits] == ["train"]:
+        raise UserError(f"data folder {data} has train/ but no val/: give another --data")
+    if "val" in splits or not same_folder(data, checkpoint["data"]):
+        fraction = None
+    dataset = ImageFolder(splits.get("val") or splits["all"],
                           val_transform(checkpoint["size"], normalized=False),
                           checkpoint["classes"])
     tell_left_out(dataset.root, dataset.left_out)
     if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):
         dataset.leave_out(dataset.find_unreadable())
     return split_off(dataset, fraction)[1] if fraction else dataset
+
+
+def same_folder(first: str, second: str) -> bool:
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 def open_machine(args: argparse.Namespace, checkpoint: dict) -> Machine:
@@ -1003,7 +1023,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
     print(title, f"{dataset.root}: {len(dataset)} images", sep="\n")
     predictions = predict(model, loader, machine)
     summary = predictions.summarize(classes)
-    names = labelled(classes, checkpoint.get("names", classes))
+    names = labelled(classes, checkpoint["names"])
     print_summary(predictions.summarize(names))
     for layer, network in exits.items():
         figures = predict(network, loader, machine).summarize(classes)
@@ -1025,7 +1045,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
 
 
 def predict(model: nn.Module, loader: DataLoader, machine: Machine) -> Predictions:
-    """What a network says of a loader's images."""
+    """Predict the images of a loader."""
     progress, parts = Progress("images", len(loader.dataset)), []
     for logits, labels in machine.outputs(fuse(model), loader):
         parts.append(Predictions.columns(logits, labels))
@@ -1057,7 +1077,7 @@ def read_log(checkpoint: Path) -> list[dict]:
 
 
 class Pictures(Dataset):
-    """Images by path, and "" with each; of one that cannot be read, black, and the reason.
+    """Images by path, each with an error message: "", or why it cannot be read (then black).
 
     Args:
         paths: of the images.
@@ -1216,7 +1236,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     try:
         model, _, _ = load_classifier(checkpoint)
-        exits = build_exits(model, checkpoint.get("exits", {}))
+        exits = build_exits(model, checkpoint["exits"])
     except ValueError as error:
         raise UserError(f"{args.checkpoint}: {error}") from None
     if args.exit:

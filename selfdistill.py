@@ -15,6 +15,7 @@ arXiv:1905.08094). Copy this file into a project of your own; it needs only torc
 Give the parameters of both, `model` and `criterion`, to the optimiser.
 """
 import difflib
+import itertools
 import math
 import os
 import textwrap
@@ -289,7 +290,7 @@ def _is_tokens(output: object) -> bool:
 
 def _channels_first(features: Tensor) -> Tensor:
     """Maps (N, H, W, C) of a square image as (N, C, H, W); all others as they are."""
-    if _is_map(features) and features.shape[1] == features.shape[2] != features.shape[3]:
+    if _is_map(features) and features.shape[1] == features.shape[2] < features.shape[3]:
         return features.permute(0, 3, 1, 2)
     return features
 
@@ -325,8 +326,8 @@ def find_layers(model: nn.Module, size: int = 224,
         for handle in handles:
             handle.remove()
 
-    names = list(outputs)  # but for the classifier and what follows it
-    outputs = {name: outputs[name] for name in names[:names.index(find_classifier(model))]}
+    classifier = find_classifier(model)  # and what follows it, are no candidates
+    outputs = dict(itertools.takewhile(lambda item: item[0] != classifier, outputs.items()))
     stages: dict[int, str] = {}  # by the height of maps, the last of the outermost layers
     blocks = defaultdict(list)  # of tokens, by parent and type
     # Of the layers that hand on one output, the outermost; none that is changed in place.

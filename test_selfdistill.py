@@ -40,8 +40,8 @@ import torchvision
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
-from torch.profiler import profile
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets, models, transforms
 from torchvision.models import resnet18
 from torchvision.transforms.v2 import functional
@@ -203,13 +203,20 @@ class TransformTest(TestCase):
         assert_close(evaluate.load_image(str(path))[:1], functional.pil_to_tensor(stored)[:1])
 
     def test_memory_is_bounded_by_an_images_own_pixels(self) -> None:
+        class Sizes(TorchDispatchMode):
+            def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (),
+                                   kwargs: dict | None = None) -> object:
+                result = function(*args, **kwargs or {})
+                sizes.append(result.nbytes if isinstance(result, Tensor) else 0)
+                return result
+
+        sizes = []
         for shape in ((3, 1, 30_000), (3, 30_000, 1), (3, 1, 1)):
             for transform in (train_transform(64), val_transform(64)):
-                with profile(profile_memory=True) as record:
+                with Sizes():
                     self.assertEqual(transform(torch.zeros(shape, dtype=torch.uint8)).shape,
                                      (3, 64, 64))
-                largest = max(event.cpu_memory_usage for event in record.events())
-                self.assertLess(largest, 2_000_000, "bytes")
+        self.assertTrue(64 * 64 < max(sizes) < 2_000_000, "bytes")
         with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 1000):
             for name in ("large.jpg", "large.png"):
                 Image.new("RGB", (50, 50)).save(self.folder / name)
@@ -360,12 +367,14 @@ class HookedModelTest(unittest.TestCase):
                 return maps.movedim(1, -1)
 
         network = nn.Sequential(nn.Conv2d(3, 4, 8, 8), Moved(), nn.Flatten(1, 2), nn.Flatten(0, 1))
-        self.assertEqual(HookedModel(network, ["0", "1"], "2").feature_channels(40), ((4, 4), 4))
-        _, (maps, moved), _ = HookedModel(network, ["0", "1"], "2")(torch.randn(3, 3, 40, 40))
+        self.assertEqual(HookedModel(network, ["0", "1"], "2").feature_channels(24), ((4, 4), 4))
+        _, (maps, moved), _ = HookedModel(network, ["0", "1"], "2")(torch.randn(3, 3, 24, 24))
         assert_close(moved, maps)
         assert_close(selfdistill.pooled(maps.movedim(1, -1)), selfdistill.pooled(maps))
-        with self.assertRaisesRegex(ValueError, r"layer '3' gives .*\(50, 4\), which are nei"):
-            HookedModel(network, "0", "3").feature_channels(40)
+        with self.assertRaisesRegex(ValueError, r"layer '3' gives .*\(18, 4\), which are nei"):
+            HookedModel(network, "0", "3").feature_channels(24)
+        _, wide, _ = HookedModel(resnet18(), "layer1")(torch.randn(1, 3, 128, 64))
+        self.assertEqual(wide.shape, (1, 64, 32, 16))
 
     def test_the_dry_run_leaves_the_network_as_it_was(self) -> None:
         hooked = HookedModel(self.model).train()
@@ -664,17 +673,6 @@ class DataTest(TestCase):
             radii = [outline(2 * math.pi * k / 360) for k in range(360)]
             self.assertTrue(0 <= min(radii) <= max(radii) <= 1 + 1e-9, name)
 
-    def test_a_folder_of_images_of_every_kind_is_read(self) -> None:
-        folder = self.folder / "val" / "kind"
-        folder.mkdir(parents=True)
-        for mode, suffix in (("1", "png"), ("L", "jpg"), ("LA", "png"), ("P", "png"),
-                             ("RGB", "webp"), ("RGBA", "png"), ("CMYK", "jpg"), ("CMYK", "tiff"),
-                             ("I;16", "png"), ("I", "tiff"), ("P", "GIF"), ("RGB", "jpg")):
-            Image.new(mode, (9, 5)).save(folder / f"{mode.replace(';', '')}.{suffix}")
-        (folder / "RGB.jpg").rename(folder / "RGB.jfif")
-        data = evaluate.ImageFolder(self.folder / "val", val_transform(32, normalized=False))
-        self.assertEqual([image.shape for image, _ in data], 12 * [(32, 32, 3)])
-
     def test_a_jpeg_is_read_as_pillow_reads_it(self) -> None:
         path = self.folder / "image.jpg"
         for mode in ("RGB", "L", "CMYK"):
@@ -745,7 +743,7 @@ class DataTest(TestCase):
             self.assertEqual([sum(found[f"square/{k}.png"] for k in range(12))], [in_val])
         for path in (folder / "star").iterdir():
             shutil.copy(folder / "star" / "0.png", path) if path.name != "0.png" else None
-        with self.assertRaisesRegex(evaluate.UserError, "too few images to split of star: each"):
+        with self.assertRaisesRegex(evaluate.UserError, "fewer than two different images of star"):
             sides(folder)
 
     def test_each_image_is_found_once_through_links_and_what_is_no_image_is_told(self) -> None:
@@ -753,7 +751,8 @@ class DataTest(TestCase):
         folder = self.folder / "train"
         (folder / "star" / ".thumbnails").mkdir(parents=True)
         for name in ("star/.thumbnails/0.png", "star/._0.png", "star/0.HEIC", "star/1.heic",
-                     "star/notes", ".hidden", "loose.jpg", "star/0.JPG"):
+                     "star/notes", ".hidden", "loose.jpg", "star/0.JPG", "star/2.gif",
+                     "star/3.jfif"):
             (folder / name).write_bytes(b"")
         for link, target in (("circle", "elsewhere/train/circle"), ("star/deep", "elsewhere"),
                              ("star/back", "train"), ("star/up", "."), ("star/self", "train/star"),
@@ -765,11 +764,12 @@ class DataTest(TestCase):
             evaluate.tell_left_out(data.root, data.left_out)
             named = evaluate.find_named([str(folder), str(folder / "star" / "0.JPG")])
         names = [path.removeprefix(f"{folder}/") for path in data.paths]
-        self.assertEqual(names[:3], ["circle/0.png", "circle/1.png", "star/0.JPG"])
-        self.assertEqual(names[3:], [f"star/{name}/0.png" for name in (
+        self.assertEqual(names[:5], ["circle/0.png", "circle/1.png", "star/0.JPG", "star/2.gif",
+                                     "star/3.jfif"])
+        self.assertEqual(names[5:], [f"star/{name}/0.png" for name in (
             "again/circle", "again/square", "again/star")] + [
             f"star/deep/train/{name}/{k}.png" for name in ("square", "star") for k in (0, 1)])
-        self.assertEqual(data.targets, [0] * 2 + [1] * 8)
+        self.assertEqual(data.targets, [0] * 2 + [1] * 10)
         self.assertEqual(sorted(map(os.path.realpath, named)),
                          sorted(map(os.path.realpath, [*data.paths, folder / "loose.jpg"])))
         kinds = "2 .heic, 1 hidden folder(s), 1 beside the class folders, 1 without suffix"
@@ -779,7 +779,7 @@ class DataTest(TestCase):
     def test_class_folders_that_cannot_be_used(self) -> None:
         for names, message in (
                 (("cafe\u0301", "caf\u00e9"), "has two class folders named caf\u00e9, in two"),
-                (("gone",), "gone is a link to nothing"),
+                (("gone",), "gone is a broken link"),
                 (("locked",), "cannot read the folder .*locked: Permission denied")):
             folder = self.folder / names[0]
             for name in names:
@@ -885,10 +885,6 @@ class OptimizerTest(unittest.TestCase):
         assert_close(max(rates), 0.01)
         self.assertLess(rates[0], 0.001)
         self.assertLess(trainer.optimizer.param_groups[0]["lr"], 1e-5)
-
-    def test_sgd_is_fused_but_in_fp16_whose_scaler_may_skip_the_first_step(self) -> None:
-        for precision, fused in (("fp32", True), ("bf16", True), ("fp16", False)):
-            self.assertEqual(self.make(precision=precision).optimizer.defaults["fused"], fused)
 
     def test_the_blog_recipe_takes_the_steps_of_the_published_script(self) -> None:
         trainer = self.make(recipe="blog", batch_size=4)
@@ -1059,7 +1055,7 @@ class TrainingTest(ImagesTestCase):
         self.assertEqual({key: type(value) for key, value in self.best.items()},
                          {"model": type(resnet18().state_dict()), "arch": str, "classes": list,
                           "size": int, "mean": list, "std": list, "epoch": int, "val_acc": float,
-                          "data": str, "args": dict, "exits": dict})
+                          "data": str, "args": dict, "names": list, "exits": dict})
         self.assertEqual(self.best["classes"], ["circle", "square", "star"])
         resnet18(num_classes=3).load_state_dict(self.best["model"])
         self.assertEqual({layer: {name: tuple(value.shape) for name, value in state.items()}
@@ -1183,27 +1179,27 @@ class TrainingTest(ImagesTestCase):
         figures, _ = self.evaluate(self.out / "best.pt")
         self.assertEqual(figures["loss"], line["val_loss"])
         self.assertTrue(3 <= figures["count"] < 21)
-        for data, count in ((flat, 24), (self.data, 9)):
+        other = write_images(self.folder / "elsewhere", train_count=8) / "train"
+        for data, count in ((flat, figures["count"]), (other, 24), (self.data, 9)):
             self.assertEqual(self.evaluate(self.out / "best.pt", "--data", data)[0]["count"], count)
         self.assert_errors(
             train.main, (("--data", self.data, "--val-split", 0.4), "without val/: .* has one"),
             (("--data", flat, "--resume", "--val-split", 0.3), "val-split 0.3 contradicts"))
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            train.main(["--data", str(flat), "--check"])
+        self.assertIn("problems found: none", output.getvalue())
         (flat.parent / "train").rename(flat.parent / "other")
         self.assert_errors(train.main, (("--data", flat.parent), "has val/ but no train/: it"))
 
-    def test_a_head_is_used_by_the_names_of_its_classes(self) -> None:
-        path, classes = self.folder / "weights.pt", self.best["classes"]
-        head = self.best["model"]["fc.weight"]
-        for known, rows, said in ((["star", "circle", "square"], [1, 2, 0], "head       that of"),
-                                  (["a", "star", "square", "b"], None, "anew, .*: circle not")):
-            state = {name: value[[k % 3 for k in range(len(known))]] if name.startswith("fc.")
-                     else value for name, value in self.best["model"].items()}
-            torch.save(self.best | {"classes": known, "model": state}, path)
+    def test_a_head_for_other_classes_is_made_anew(self) -> None:
+        path, head = self.folder / "weights.pt", self.best["model"]["fc.weight"]
+        for known, is_kept in ((["circle", "square", "star"], True), (["a", "b", "c"], False)):
+            torch.save(self.best | {"classes": known}, path)
             with contextlib.redirect_stdout(io.StringIO()) as output:
-                hooked = train.load_hooked("resnet18", classes, str(path), None, None, 2)
-            self.assertRegex(output.getvalue(), said)
-            self.assertEqual(torch.equal(hooked.model.fc.weight, head[rows or [0, 1, 2]]),
-                             rows is not None)
+                hooked = train.load_hooked("resnet18", self.best["classes"], str(path), None, None,
+                                           2)
+            self.assertEqual("head       made anew" in output.getvalue(), not is_kept)
+            self.assertEqual(torch.equal(hooked.model.fc.weight, head), is_kept)
 
     def test_training_begins_with_what_is_fitted_to_the_features(self) -> None:
         for split in ("train", "val"):
@@ -1556,9 +1552,9 @@ class ResumeTest(ImagesTestCase):
         for name, prepare, code, end in (
                 ("hangup", int, 129, "stopped in epoch .*"),
                 ("nohup", ignore_hangup, 143, "stopped in epoch .*"),
-                ("full", partial(print_to, "/dev/full"), 0, "standard output is lost from here on: "
-                 "No space left on device"),
-                ("pipe", partial(print_to, ""), 0, "")):
+                ("full", partial(print_to, "/dev/full"), 0,
+                 "standard output is lost: No space left on device"),
+                ("pipe", partial(print_to, ""), 0, None)):
             with self.subTest(name):
                 goes_on = code > 0
                 process = self.start(name, "--epochs", 10000 if goes_on else 2, prepare=prepare)
@@ -1569,7 +1565,10 @@ class ResumeTest(ImagesTestCase):
                     time.sleep(0.5)
                     os.killpg(process.pid, signal.SIGTERM)
                 self.assertEqual(process.exit_code(), code, process.printed())
-                self.assertRegex(process.printed(), f"(^|\n){end}\n?$")
+                if goes_on:
+                    self.assertRegex(process.printed(), f"\n{end}\n$")
+                else:
+                    self.assertEqual(process.printed(), f"{end}\n" * bool(end))
                 self.assertTrue(goes_on or len(read_log(self.folder / name)) == 2)
 
     def test_a_second_ctrl_c_stops_at_once_but_not_a_second_sigterm(self) -> None:
@@ -1620,7 +1619,7 @@ class ResumeTest(ImagesTestCase):
         for change, message in (
                 (lambda: image.rename(image.with_name("9.png")), "train/ has 18 images .* 18 "),
                 (lambda: image.with_name("9.png").unlink(), "train/ has 17 images .* now, 18 "),
-                (lambda: write_images(self.data, ("drop",)), "had only then: drop")):
+                (lambda: write_images(self.data, ("drop",)), "added or removed: drop")):
             change()
             self.assert_errors(train.main, (("--resume",), f"{self.data} has changed since the run "
                                                            f"began: .*{message}"))
@@ -2023,7 +2022,7 @@ class EvaluationTest(ImagesTestCase):
         self.assertIn("val: 0.125 at 1", html)
         self.assertIn(f"top-1 {figures['top1']:.4f} (95 % interval", html)
         for row in self.read_table(Path("table.csv")):  # each of the nine, as right or as wrong
-            self.assertIn("{}: label {label}, said {prediction} ({confidence:.2f})</fig".format(
+            self.assertIn("{}: label {label}, predicted {prediction} ({confidence:.2f})</".format(
                 Path(row["path"]).name, **row | {"confidence": float(row["confidence"])}), html)
         self.assertEqual(html.count("data:image/jpeg;base64,"), 9)
         self.assertFalse(re.search(r"<script|<link|https?:|src=\"(?!data:)", html))
@@ -2275,10 +2274,12 @@ class BadInputTest(ImagesTestCase):
         with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")):
             self.assert_errors(train.main, ((), r"cannot write .*last\.pt: No space left"))
         self.assertFalse(self.out.exists())
-        (self.out).mkdir()
+        self.out.mkdir()
         (self.out / "last.pt").write_bytes(b"")
-        for target, error in ((Path, "rename"), (os, "access")):
-            with mock.patch.object(target, error, side_effect=OSError(13, "Permission denied")):
+        denied = OSError(13, "Permission denied")
+        for patch in (mock.patch.object(Path, "rename", side_effect=denied),
+                      mock.patch("os.access", return_value=False)):
+            with patch:
                 self.assert_errors(train.main, ((), "cannot write to .*out: Permission denied"))
 
     def test_a_failed_start_leaves_everything_as_it_was(self) -> None:

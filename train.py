@@ -22,7 +22,6 @@ from evaluate import (SIZES, ImageFolder, Machine, Parser, Predictions, Progress
 import argparse
 import contextlib
 import copy
-import errno
 import hashlib
 import io
 import itertools
@@ -40,7 +39,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from math import cos, pi, sin
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 try:
@@ -186,7 +184,7 @@ def process_group() -> Iterator[None]:
     torch.set_num_threads(Machine.usable_cores())  # torchrun leaves each process one thread
     with contextlib.ExitStack() as stack:
         if rank() > 0:
-            null = stack.enter_context(open(os.devnull, "w"))
+            null = stack.enter_context(open(os.devnull, "w", errors="ignore"))
             stack.enter_context(contextlib.redirect_stdout(null))
         try:
             yield
@@ -206,12 +204,9 @@ def open_splits(data: str | None, size: int, skip_unreadable: bool,
     """Open the images to train on and to validate on; download or draw what is missing."""
     with local_rank_zero_first():
         splits = find_data(data)
-    if [*splits] == ["val"]:
-        raise UserError(f"data folder {data} has val/ but no train/: it needs both, or class "
-                        "folders alone, of which --val-split takes a part (--check tells more)")
     if len(splits) == 2 and val_split:
         raise UserError(f"--val-split {val_split} is for a folder without val/: {data} has one")
-    parts = [ImageFolder(folder.resolve(), val_transform(size, normalized=False))
+    parts = [ImageFolder(folder.absolute(), val_transform(size, normalized=False))
              for folder in splits.values()]
     for images in parts:
         tell_left_out(images.root, images.left_out)
@@ -234,7 +229,11 @@ def find_data(data: str | None) -> dict[str, Path]:
             draw_shapes(data)
     elif not Path(data).exists() and Path(data).name in IMAGENETTES:
         download_imagenette(Path(data))
-    return find_splits(data)
+    splits = find_splits(data)
+    if [*splits] == ["val"]:
+        raise UserError(f"data folder {data} has val/ but no train/: it needs both, or class "
+                        "folders alone, of which --val-split takes a part")
+    return splits
 
 
 def download_imagenette(folder: Path) -> None:
@@ -509,7 +508,7 @@ class Trainer:
         val = predictions.summarize(self.classes)
         if not math.isfinite(val["loss"]):
             raise UserError(f"the val loss is not finite after epoch {self.epoch + 1}: try a lower "
-                            "--lr; what has been saved is good")
+                            "--lr; the last save is intact")
         images = self.totals[0].item()
         means = dict(zip(self.figures, (self.totals / images).tolist()))
         terms = {name: means[name] for name in self.weights}
@@ -549,14 +548,14 @@ class Trainer:
         print("{:>6}{:>9}{:>11}{:>13}{:>11}{:>9}{:>10}{:>10}".format(*cells), flush=True)
 
     def remarks(self) -> Iterator[str]:
-        """What the log says at the end that a user may overlook."""
+        """Yield warnings that a user could miss in the log."""
         first, last = self.log[0], self.log[-1]
         if self.best_epoch == 0:
             yield (f"training gained nothing over epoch 0, which best.pt holds "
                    f"({self.start_acc:.4f}, after the last epoch {last['val_acc']:.4f}): the given "
                    "features suit these images already, or the images are too few to improve them")
         stuck = [f"the classifier at {layer}" for layer in self.exit_layers
-                 if last["exit_train_acc"][layer] <= first["exit_train_acc"][layer]]
+                 if last["exit_train_acc"][layer] <= first["exit_train_acc"][layer] < 1]
         if last["terms"].get("hint", -1.0) >= first["terms"].get("hint", 0.0):
             stuck.append("the hint")
         if stuck and len(self.log) > 1:
@@ -616,8 +615,8 @@ class Trainer:
         if not all(tensor.isfinite().all() for tensor in (self.totals, *tensors)):
             rate = max(group["lr"] for group in self.optimizer.param_groups)
             raise UserError(f"the loss is not finite in epoch {self.epoch + 1}, by batch "
-                            f"{self.batch} (learning rate {rate:.3g}): try a lower --lr; what has "
-                            "been saved is good")
+                            f"{self.batch} (learning rate {rate:.3g}): try a lower --lr; the last "
+                            "save is intact")
 
     def save(self) -> None:
         """Write last.pt and log.jsonl; before them best.pt, if the epoch just ended is the best."""
@@ -635,9 +634,7 @@ class Trainer:
         checkpoint = {"model": self.result.hooked.model.state_dict(), "arch": args.arch,
                       "classes": self.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
                       "std": list(IMAGENET_STD), "epoch": self.epoch, "val_acc": max(0.0, last_acc),
-                      "data": settings["data"], "args": settings}
-        if self.names != self.classes:
-            checkpoint["names"] = self.names
+                      "data": settings["data"], "args": settings, "names": self.names}
         if self.exit_layers:
             checkpoint["exits"] = self.exits()
         if self.is_best():
@@ -681,7 +678,7 @@ class Trainer:
                        if now != (then := checkpoint["run"]["data"][split])]
             classes = sorted(set(self.classes) ^ set(checkpoint["classes"]))
             if classes:
-                changed.append(f"classes that it has only now or had only then: {shorten(classes)}")
+                changed.append(f"classes added or removed: {shorten(classes)}")
             if changed:
                 raise UserError(f"{self.data} has changed since the run began: "
                                 f"{'; '.join(changed)}")
@@ -806,13 +803,15 @@ class Headless(nn.Module):
 
 def load_hooked(arch: str, classes: list[str], weights: str, student_layer: list[str] | None,
                 teacher_layer: str | None, students: int) -> HookedModel:
-    """`hooked_classifier`, whose errors are the user's; a best.pt's head is used by class names."""
+    """`hooked_classifier`, whose errors are the user's; a head for other classes is made anew."""
     names = student_layer[0] if student_layer and len(student_layer) == 1 else student_layer
     try:
         with local_rank_zero_first():
             hooked = hooked_classifier(arch, len(classes), weights, names, teacher_layer, students)
-        if weights not in ("imagenet", "none"):
-            match_head(hooked.model, classes, load_tensors(weights))
+        known = None if weights in ("imagenet", "none") else load_tensors(weights).get("classes")
+        if known not in (None, classes):
+            hooked.model.get_submodule(find_classifier(hooked.model)).reset_parameters()
+            print("head       made anew, as the weights are for other classes")
     except ValueError as error:
         raise UserError(str(error)) from None
     except OSError as error:
@@ -823,37 +822,11 @@ def load_hooked(arch: str, classes: list[str], weights: str, student_layer: list
     return hooked
 
 
-def match_head(model: nn.Module, classes: list[str], checkpoint: dict) -> None:
-    """Give each class its own row of a checkpoint's head; if it lacks one, make the head anew."""
-    known, name = checkpoint.get("classes"), find_classifier(model)
-    if not known or known == classes:
-        return
-    head = model.get_submodule(name)
-    if set(classes) <= set(known):
-        rows = [known.index(label) for label in classes]
-        head.load_state_dict({key: checkpoint["model"][f"{name}.{key}"][rows]
-                              for key in head.state_dict()})
-        print("head       that of the weights, matched by the names of the classes")
-    else:
-        head.reset_parameters()
-        print("head       made anew, as the weights are for other classes: "
-              f"{shorten(set(classes) - set(known), 3)} not among them")
-
-
 def moving_average(decay: float) -> Callable:
-    """The update of an AveragedModel: of whole numbers, such as positions, a copy.
-
-    As a mean of two equal ones, torch's rounding can make another of them.
-    """
-    average = get_ema_multi_avg_fn(decay)
-
-    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
-        if averages[0].is_floating_point():
-            average(averages, values, count)
-        else:
-            for old, new in zip(averages, values):
-                old.copy_(new)
-    return update
+    """EMA update for AveragedModel that copies integer buffers, whose mean torch truncates."""
+    average, copied = get_ema_multi_avg_fn(decay), get_ema_multi_avg_fn(0.0)
+    return lambda averages, *others: (average if averages[0].is_floating_point()
+                                      else copied)(averages, *others)
 
 
 def fit_logistic_regression(classifier: nn.Linear, features: Tensor, labels: Tensor) -> None:
@@ -884,7 +857,7 @@ def fit_adapter(adapter: nn.Conv2d, inputs: Tensor, targets: Tensor) -> None:
 
 
 class Signals:
-    """Notes what signals ask for: SIGINT (Ctrl-C), SIGTERM and SIGHUP to stop, SIGUSR1 to save.
+    """Records what signals ask for: SIGINT (Ctrl-C), SIGTERM and SIGHUP to stop, SIGUSR1 to save.
 
     `stop` is the number of the first signal to stop by, or 0. A second SIGINT stops at once. SIGHUP
     stays ignored under nohup.
@@ -921,38 +894,32 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 LOCKS: list[int] = []  # descriptors of the folders that this process keeps to itself
-
-
-def unlock() -> None:
-    while LOCKS:
-        os.close(LOCKS.pop())
-
-
 if fcntl:  # a loader's worker may outlive a run that is killed, by seconds
-    os.register_at_fork(after_in_child=unlock)
+    os.register_at_fork(after_in_child=lambda: [*map(os.close, LOCKS)])
 
 
 @contextlib.contextmanager
 def claim(out: Path, names: tuple[str, ...]) -> Iterator[None]:
-    """Keep a folder to this run, and files of an earlier one, of these names, under other names.
+    """Lock an output folder for this run, and rename an earlier run's files of these names.
 
-    If the run ends before it writes any, the folder is left as it was.
+    A run that fails before writing any leaves the folder as it was.
     """
     if rank() > 0:
         yield
         return
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            raise UserError(f"cannot write to {out}: Permission denied")
         if fcntl:
             LOCKS.append(os.open(out, os.O_RDONLY))
             with contextlib.suppress(OSError):  # network file systems may lock no folders
                 try:
                     fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UserError(f"another run is writing to {out}: wait for it, or name "
+                    os.close(LOCKS.pop())
+                    raise UserError(f"another run is writing to {out}: wait for it, or choose "
                                     "another --out") from None
         renamed = keep_earlier(out, names)
     except OSError as error:
@@ -990,7 +957,7 @@ def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
 
 
 def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
-    """`fine_tune`, in a folder that is claimed."""
+    """Train, in a folder already claimed."""
     machine = Machine(args.device, args.precision, args.workers)
     refuse_shared_gpu(machine.device)
     train_set, val_set = open_splits(args.data, args.size, args.skip_unreadable, args.val_split)
@@ -1058,7 +1025,7 @@ def compare(given: dict) -> int:
 
 
 def run_comparison(given: dict, args: argparse.Namespace) -> int:
-    """`compare`, in a folder that is claimed."""
+    """Run the comparison, in a folder already claimed."""
     out, arms = Path(args.out), [arm for arm in ARMS if arm in args.compare_arms]
     runs, precision, total, seconds = [], args.precision, args.compare * len(arms), 0.0
     for seed in range(args.seed, args.seed + args.compare):
@@ -1127,14 +1094,13 @@ def print_comparison(figures: dict) -> None:
         low, high = difference["interval"]
         print(f"{name}: {difference['mean']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}")
     low, high = figures["differences"]["distillation - control"]["interval"]
-    verdict, advice = (("distillation helps", "train with it") if low > 0 else
-                       ("distillation hurts", "use --no-distillation") if high < 0 else
-                       ("whether distillation helps or hurts cannot be told",
-                        "train with it or without, or compare more seeds"))
-    if high - low < 1e-9:
-        verdict, advice = ("whether distillation helps or hurts cannot be told",
-                           "all differences are equal, so that the interval says nothing; take "
-                           "more val images, or more seeds")
+    unknown = "whether distillation helps or hurts cannot be told"
+    verdict, advice = (
+        (unknown, "all differences are equal, so the interval says nothing; use more val images or "
+                  "more seeds") if high - low < 1e-9 else
+        ("distillation helps", "train with it") if low > 0 else
+        ("distillation hurts", "use --no-distillation") if high < 0 else
+        (unknown, "train with it or without, or compare more seeds"))
     print(f"{verdict}, with {len(runs)} pairs: {advice}")
 
 
@@ -1146,7 +1112,7 @@ def check(args: argparse.Namespace) -> int:
     for split, folder in find_data(args.data).items():
         images = ImageFolder(folder, transform=None, allow_empty=True)
         tell_left_out(images.root, images.left_out)
-        classes[split], found = set(images.classes), examine(images, split, args.workers)
+        classes[split], found = set(images.classes), images.read_all(workers=args.workers)
         counts = Counter(images.classes[label] for label in images.targets).most_common()
         print(f"{split + '/':7}{len(images)} images, {len(images.classes)} classes"
               + (f", of {counts[-1][1]} ({counts[-1][0]}) to {counts[0][1]} ({counts[0][0]}) images"
@@ -1184,24 +1150,6 @@ def check(args: argparse.Namespace) -> int:
     count = sum(map(len, problems.values()))
     print(f"problems found: {count or 'none'}")
     return int(count > 0)
-
-
-def examine(images: ImageFolder, split: str, workers: int | None) -> list[bytes | str]:
-    """A digest of the pixels of each image of a folder, or why it cannot be read."""
-    def examine_one(path: str) -> bytes | str:
-        try:
-            pixels = images.loader(path)
-        except UserError as error:
-            return str(error)
-        return hashlib.sha256(repr(pixels.shape).encode() + pixels.numpy().tobytes()).digest()
-
-    progress, examined = Progress(f"{split} images", len(images)), []
-    with ThreadPool(workers or Machine.usable_cores()) as pool:
-        for found in pool.imap(examine_one, images.paths, chunksize=8):
-            examined.append(found)
-            progress.advance(1)
-    progress.rewrite()
-    return examined
 
 
 # The embedded data set
