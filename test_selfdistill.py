@@ -1842,6 +1842,32 @@ class DamagedFilesTest(ImagesTestCase):
                 outcomes.add("bad")
         self.assertEqual(outcomes, {"good", "bad"})
 
+    def test_what_is_missing_or_of_another_kind_in_a_checkpoint(self) -> None:
+        self.train("--arch", "shufflenet_v2_x0_5")
+        content, path = self.last(), self.folder / "damaged" / "last.pt"
+        path.parent.mkdir()
+        places = [(key, key) for key in content] + [
+            (part, key) for part in ("run", "args", "model") for key in content[part]]
+        cases = [(*place, value) for place in places
+                 for value in ("missing", "text", -1, [], {}, torch.full((2,), torch.nan))]
+        for part, key, value in random.Random(0).sample(cases, min(self.COPIES, 60)):
+            damaged = content | ({part: dict(content[part])} if part != key else {})
+            holder = damaged if part == key else damaged[part]
+            holder[key] = value
+            if isinstance(value, str) and value == "missing":
+                del holder[key]
+            torch.save(damaged, path)
+            for main, flags in ((evaluate.main, (path, "--workers", 0)),
+                                (train.main, ("--resume", path, "--workers", 0))):
+                with self.subTest(part=part, key=key, value=str(value), main=main.__module__):
+                    try:
+                        with contextlib.redirect_stderr(io.StringIO()) as errors:
+                            run(main, *flags)
+                    except SystemExit:  # a wrong flag
+                        self.assertEqual(errors.getvalue().strip().count("\n"), 0)
+                    except evaluate.UserError as error:
+                        self.assertNotIn("\n", str(error))
+
     def test_a_zip_bomb_is_refused_before_it_is_unpacked(self) -> None:
         path = self.folder / "best.pt"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
