@@ -335,13 +335,13 @@ class ImageFolder(datasets.ImageFolder):
         if not folders:
             raise UserError(f"{directory} has no class folders: expected one folder of images "
                             "for each class, in it or in its train/ and val/")
-        classes = self.known_classes or list(folders)
+        classes = self.known_classes or sorted(folders)  # not in the order of either form
         labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(classes)}
         unknown = sorted(folders.keys() - labels.keys())
         if unknown:
             raise UserError(f"{directory} has classes that the model does not know: "
                             f"{shorten(unknown)}; it knows {shorten(classes)}")
-        return classes, {path: labels[name] for name, path in folders.items()}
+        return classes, {folders[name]: labels[name] for name in sorted(folders)}
 
     def make_dataset(self, directory: str, class_to_idx: dict[str, int], *unused: object,
                      allow_empty: bool = False, **others: object) -> list[tuple[str, int]]:
@@ -398,7 +398,8 @@ class ImageFolder(datasets.ImageFolder):
             return
         print(f"{self.root}: {len(paths)} of {len(self)} images cannot be read and are left out: "
               f"{shorten(sorted(paths))}")
-        self.keep([path not in set(paths) for path in self.paths])
+        unreadable = set(paths)
+        self.keep([path not in unreadable for path in self.paths])
         emptied = sorted(set(self.class_to_idx.values()) - set(self.targets))
         if emptied:
             raise UserError(f"{self.root} has no image that can be read for "

@@ -793,11 +793,15 @@ class DataTest(TestCase):
                 evaluate.ImageFolder(folder, None)
 
     def test_classes_match_whatever_their_unicode_form(self) -> None:
-        write_images(self.folder, ("star",))
-        (self.folder / "val" / "star").rename(self.folder / "val" / "cafe\u0301")
-        self.assertEqual(evaluate.ImageFolder(self.folder / "val", None).classes, ["caf\u00e9"])
-        known = evaluate.ImageFolder(self.folder / "val", None, ["bar", "cafe\u0301"])
-        self.assertEqual(known.targets, [1, 1, 1])
+        write_images(self.folder, ("star", "square"))
+        for split, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):  # after cafz, or before
+            for old, new in (("star", name), ("square", "cafz")):
+                (self.folder / split / old).rename(self.folder / split / new)
+            images = evaluate.ImageFolder(self.folder / split, None)
+            self.assertEqual(images.classes, ["cafz", "caf\u00e9"])
+            self.assertEqual(Path(images.paths[0]).parent.name, "cafz")
+        known = evaluate.ImageFolder(self.folder / "val", None, ["bar", "cafe\u0301", "cafz"])
+        self.assertEqual(known.targets, [2] * 3 + [1] * 3)
 
 
 class CheckTest(TestCase):
