@@ -1089,7 +1089,7 @@ class TrainingTest(ImagesTestCase):
         self.assertIn("18 train and 9 val images, 3 classes", lines[0])
         self.assertIn("student layer2.1, layer3.1, teacher layer4.1", lines[1])
         self.assertRegex(lines[5], r" 1/2( +\d\.\d+){2} +\d\.\d+ \d\.\d+ +cos \d\.\d+( +\d+\.\d+)")
-        self.assertEqual([len(line) for line in lines[4:7]], [79] * 3)
+        self.assertEqual([len(line) for line in lines[4:7]], [78] * 3)
         self.assertNotIn("\r", self.printed)
         with contextlib.redirect_stdout(io.StringIO()) as output:
             output.isatty = lambda: True

@@ -545,7 +545,7 @@ class Trainer:
     @staticmethod
     def print_row(*cells: str) -> None:
         """Print a line of the table of epochs, of as many cells as HEADER."""
-        print("{:>6}{:>9}{:>11}{:>13}{:>11}{:>9}{:>10}{:>10}".format(*cells), flush=True)
+        print("{:>6}{:>8}{:>10}{:>13}{:>10}{:>9}{:>10}{:>12}".format(*cells), flush=True)
 
     def remarks(self) -> Iterator[str]:
         """Yield warnings that a user could miss in the log."""
