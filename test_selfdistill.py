@@ -1413,8 +1413,8 @@ def train_as_a_script(arguments: list[str], log: Path, prepare: Callable) -> Non
         evaluate.kill_workers()  # as a script does at exit
 
 
-def ignore_hangup() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def set_hangup(handler: int) -> None:
+    signal.signal(signal.SIGHUP, handler)
 
 
 def print_to(path: str) -> None:
@@ -1554,8 +1554,8 @@ class ResumeTest(ImagesTestCase):
     def test_a_lost_terminal_or_pipe(self) -> None:
         """SIGHUP stops a run unless it is ignored; standard output may be closed or full."""
         for name, prepare, code, end in (
-                ("hangup", int, 129, "stopped in epoch .*"),
-                ("nohup", ignore_hangup, 143, "stopped in epoch .*"),
+                ("hangup", partial(set_hangup, signal.SIG_DFL), 129, "stopped in epoch .*"),
+                ("nohup", partial(set_hangup, signal.SIG_IGN), 143, "stopped in epoch .*"),
                 ("full", partial(print_to, "/dev/full"), 0,
                  "standard output is lost: No space left on device"),
                 ("pipe", partial(print_to, ""), 0, None)):
@@ -1798,11 +1798,11 @@ class ProcessesTest(ImagesTestCase):
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(ranks[1]), signal.SIGKILL)
         wait("data   ", times=2)
-        wait("\nepoch", times=log.read_text().count("\nepoch") + 1)
+        wait("/10000 ", times=log.read_text().count("/10000 ") + 1)
         process.terminate()
         process.wait(60)
         printed = log.read_text()
-        numbers = re.findall(r"^epoch (\d+)/", printed, re.MULTILINE)
+        numbers = re.findall(r"^ *(\d+)/10000 ", printed, re.MULTILINE)
         self.assertEqual(numbers, [str(k + 1) for k in range(len(numbers))])
         for text in ("yet: starting anew", "stopped in epoch"):
             self.assertEqual(printed.count(text), 1)
