@@ -279,9 +279,9 @@ def _dry_run(network: nn.Module, size: int) -> object:
 
 
 def _is_map(output: object) -> bool:
-    """Whether these are feature maps of square images: (N, C, H, W), or (N, H, W, C)."""
-    return isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] in (
-        output.shape[1], output.shape[3])
+    """Whether these are feature maps of square images: (N, C, H, W), or (N, H, W, C > H)."""
+    return isinstance(output, Tensor) and output.ndim == 4 and (
+        output.shape[2] == output.shape[3] or output.shape[1] == output.shape[2] < output.shape[3])
 
 
 def _is_tokens(output: object) -> bool:
@@ -289,8 +289,8 @@ def _is_tokens(output: object) -> bool:
 
 
 def _channels_first(features: Tensor) -> Tensor:
-    """Maps (N, H, W, C) of a square image as (N, C, H, W); all others as they are."""
-    if _is_map(features) and features.shape[1] == features.shape[2] < features.shape[3]:
+    """Maps (N, H, W, C > H) of square images as (N, C, H, W); all others as they are."""
+    if _is_map(features) and features.shape[2] != features.shape[3]:
         return features.permute(0, 3, 1, 2)
     return features
 

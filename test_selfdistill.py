@@ -373,6 +373,8 @@ class HookedModelTest(unittest.TestCase):
         assert_close(selfdistill.pooled(maps.movedim(1, -1)), selfdistill.pooled(maps))
         with self.assertRaisesRegex(ValueError, r"layer '3' gives .*\(18, 4\), which are nei"):
             HookedModel(network, "0", "3").feature_channels(24)
+        with self.assertRaisesRegex(ValueError, r"layer '1' gives .*\(2, 5, 5, 4\), which are"):
+            HookedModel(network, "0", "1").feature_channels(40)  # fewer channels than rows
         _, wide, _ = HookedModel(resnet18(), "layer1")(torch.randn(1, 3, 128, 64))
         self.assertEqual(wide.shape, (1, 64, 32, 16))
 
