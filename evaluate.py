@@ -991,8 +991,8 @@ def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
     splits, fraction = find_splits(data), checkpoint["args"].get("val_split")
     if [*splits] == ["train"]:
         raise UserError(f"data folder {data} has train/ but no val/: give another --data")
-    if "val" in splits or not same_folder(data, checkpoint["data"]):
-        fraction = None
+    if "val" in splits or os.path.realpath(data) != os.path.realpath(checkpoint["data"]):
+        fraction = None  # all of it
     dataset = ImageFolder(splits.get("val") or splits["all"],
                           val_transform(checkpoint["size"], normalized=False),
                           checkpoint["classes"])
@@ -1000,10 +1000,6 @@ def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
     if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):
         dataset.leave_out(dataset.find_unreadable())
     return split_off(dataset, fraction)[1] if fraction else dataset
-
-
-def same_folder(first: str, second: str) -> bool:
-    return os.path.realpath(first) == os.path.realpath(second)
 
 
 def open_machine(args: argparse.Namespace, checkpoint: dict) -> Machine:
