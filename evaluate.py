@@ -734,6 +734,7 @@ def read_checkpoint(path: str | Path) -> dict:
                  "size": SIZES[0] <= checkpoint["size"] <= SIZES[1],
                  "names": len(checkpoint["names"]) == len(classes)
                           and all(isinstance(name, str) for name in checkpoint["names"]),
+                 "start_acc": isinstance(checkpoint.get("start_acc", 0.0), float),
                  "args": args.get("precision") in list(DTYPES)
                          and isinstance(batch_size, int) and batch_size > 0
                          and (val_split is None or isinstance(val_split, float))}
@@ -773,41 +774,53 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 64rem; margin: auto;
        padding: 0 1rem 2rem; overflow-wrap: break-word }
 h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-section { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; flex: 1 1 17rem }
-section > * { max-width: 100%; overflow-x: auto } section > div { flex: 1 1 100% }
-section > figure { max-width: 30rem } figcaption span { margin-right: .6em }
-section > figure.image { flex: 0 0 6.5rem; font-size: .8rem; line-height: 1.3;
-                         overflow-wrap: anywhere }
+section { display: flex; flex-wrap: wrap; gap: 1rem } section > * { max-width: 100% }
+.tile { border: 1px solid var(--rule); border-radius: 6px; padding: .4rem .8rem }
+.tile b { display: block; font-size: 1.2rem } small { display: block; opacity: .75 }
+figure { margin: 0; flex: 1 1 17rem; max-width: 30rem } figcaption span { margin-right: .6em }
+figure.image { flex: 0 0 6.5rem; font-size: .8rem; line-height: 1.3; overflow-wrap: anywhere }
 img { width: 100%; border-radius: 4px }
 svg { display: block; width: 100%; fill: var(--ink); font-size: 11px }
-line { stroke: var(--rule) } polyline { fill: none; stroke-width: 2 }
-table { border-spacing: 1px; font-size: .8rem; line-height: 1.5 } th { font-weight: normal }
-th:first-child { text-align: right; max-width: 12rem; overflow: hidden; text-overflow: ellipsis }
-thead th { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 12rem }
-i { display: block; height: .8em; background: var(--c0) } .bars td:first-of-type { width: 9rem }
-.heat td { min-width: 1.7em; text-align: center; --color: var(--c1);
+line { stroke: var(--rule) } .best { stroke: var(--ink); stroke-dasharray: 3 3 }
+polyline { fill: none; stroke-width: 2 }
+.table { overflow-x: auto } table { border-spacing: 1px; font-size: .8rem; line-height: 1.4 }
+th { font-weight: normal; min-width: 5rem; max-width: 12rem } .bars td { padding: 0 .3rem }
+tbody th { text-align: right } tbody td:not(.bar) { text-align: right; white-space: nowrap }
+.bar { width: clamp(3rem, 15vw, 9rem) } i { display: block; height: .8em; background: var(--c0) }
+.heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); min-width: 0;
+                 max-height: 12rem; text-align: left }
+.heat td { min-width: 1.7em; text-align: center !important; --color: var(--c1);
            background: color-mix(in srgb, var(--color) var(--share), transparent) }
 """
+SHOWN = 30  # classes in a table of the page, at most
+# Of a checkpoint's args, what the page says of a run.
+SETTINGS = ("data", "recipe", "weights", "epochs", "batch_size", "lr", "alpha", "hint", "labels",
+            "soft", "distillation", "seed", "precision", "val_split")
 
 
-def report_html(title: str, predictions: Predictions, dataset: ImageFolder, classes: list[str],
-                log: list[dict], augmented: Iterable[tuple[Tensor, str]] = (),
-                refresh: bool = False) -> bytes:
+def report_html(title: str, checkpoint: dict, predictions: Predictions, dataset: ImageFolder,
+                log: list[dict], exits: dict[str, dict] | None = None,
+                augmented: Iterable[tuple[Tensor, int]] = (), refresh: bool = False) -> bytes:
     """Make a self-contained HTML page: figures, how training went, and mistakes, in pictures.
 
     Args:
         title: what was evaluated.
+        checkpoint: as `read_checkpoint` returns it; for the classes, their names and the settings.
         predictions: for the images of `dataset`, in its order.
         dataset: the images predicted.
-        classes: their names.
         log: lines of log.jsonl; may be empty.
-        augmented: train images (H, W, 3) in uint8 and their classes, to be shown. Default: none
+        exits: `summarize`'s figures of early exits, by layer. Default: none
+        augmented: train images (H, W, 3) in uint8 and their labels, to be shown. Default: none
         refresh: have the browser load the page again every 10 seconds. Default: False
     """
+    classes = labelled(checkpoint["classes"], checkpoint["names"])
     correct = predictions.correct
     summary = predictions.summarize(classes)
     order = predictions.confidences.argsort(descending=True)
     wrong, least = order[~correct[order]][:20].tolist(), order[correct[order]].flip(0)[:10].tolist()
+    some = f": {SHOWN} of {len(classes)} classes" if len(classes) > SHOWN else ""
+    settings = [f"{name.replace('_', '-')} {value}" for name in SETTINGS
+                if (value := checkpoint["args"].get(name)) is not None]
 
     def thumbnails(indices: list[int]) -> str:
         return "".join(thumbnail(
@@ -816,22 +829,22 @@ def report_html(title: str, predictions: Predictions, dataset: ImageFolder, clas
             f"{classes[predictions.top[index, 0]]} "
             f"({predictions.confidences[index]:.2f})") for index in indices)
 
-    sections = [("How good it is", "".join(f"<div>{escape(line)}</div>"
-                                           for line in describe(summary))),
-                ("Training", training_charts(log) if log else ""),
-                ("Accuracy by class, the worst first", class_bars(summary)),
-                ("Labels (rows) and predictions (columns)",
+    sections = [("How good it is", tiles(summary, exits or {})),
+                ("Training", training_charts(log, checkpoint.get("start_acc")) if log else ""),
+                (f"By class, the lowest recall first{some}", class_bars(summary)),
+                (f"Labels (rows) and predictions (columns){some}",
                  heat_map(confusion_matrix(predictions, len(classes)), classes)),
                 ("The most confident mistakes", thumbnails(wrong)),
                 ("The least certain right answers", thumbnails(least)),
                 ("Augmented train images",
-                 "".join(thumbnail(*item) for item in augmented))]
+                 "".join(thumbnail(image, classes[label]) for image, label in augmented))]
     body = "".join(f"<h2>{heading}</h2><section>{content}</section>\n"
                    for heading, content in sections if content)
     reload = '<meta http-equiv="refresh" content="10">' if refresh else ""
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8">{reload}<meta name="viewport" '
             f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-            f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n{body}</html>\n")
+            f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n"
+            f"<div>{escape(', '.join(settings))}</div>\n{body}</html>\n")
     return page.encode(errors="backslashreplace")
 
 
@@ -855,6 +868,28 @@ def confusion_matrix(predictions: Predictions, classes: int) -> Tensor:
     return torch.bincount(cells, minlength=classes ** 2).view(classes, classes)
 
 
+def part_of(rights: float, count: int) -> str:
+    return f"{rights:.0f} of {count} ({100 * rights / count:.3g} %)"
+
+
+def tiles(summary: dict, exits: dict[str, dict]) -> str:
+    """The figures of all classes together, those of the early exits beside them."""
+    count = summary["count"]
+    low, high = (f"{100 * end:.1f}" for end in summary["top1_interval"])
+    figures = [(part_of(summary["top1"] * count, count), "right (top-1)",
+                f"95 % interval {low} to {high} %"),
+               (f"{summary['macro_f1']:.3f}", "macro F1", "mean over the classes"),
+               (f"{summary['balanced_accuracy']:.3f}", "balanced accuracy", "mean recall"),
+               (f"{summary['loss']:.3f}", "loss", "cross-entropy"),
+               (f"{summary['images_per_second']:.0f} images/s", "speed", "loading included")]
+    if summary["top5"] is not None:
+        figures.insert(1, (part_of(summary["top5"] * count, count), "among the best five", "top-5"))
+    figures += [(part_of(figure["top1"] * count, count), f"exit {layer}",
+                 f"{figure['images_per_second']:.0f} images/s") for layer, figure in exits.items()]
+    return "".join(f'<div class="tile"><b>{figure}</b>{escape(name)}<small>{note}</small></div>'
+                   for figure, name, note in figures)
+
+
 def thumbnail(image: Tensor, caption: str) -> str:
     """An image (H, W, 3) in uint8, small, with its caption."""
     picture, buffer = to_pil_image(image.permute(2, 0, 1)), io.BytesIO()
@@ -865,69 +900,101 @@ def thumbnail(image: Tensor, caption: str) -> str:
             f"<figcaption>{escape(caption)}</figcaption></figure>")
 
 
-def training_charts(log: list[dict]) -> str:
-    """Charts of losses, accuracies and learning rate by epoch."""
-    def lines(**keys: str) -> dict[str, list[tuple[float, float]]]:
+def training_charts(log: list[dict], start_acc: float | None) -> str:
+    """Charts of losses, accuracies and learning rate by epoch.
+
+    Args:
+        log: lines of log.jsonl.
+        start_acc: val accuracy of epoch 0, if there was one.
+    """
+    def lines(**keys: str) -> dict[str, list[tuple[int, float]]]:
         return {name: [(line["epoch"], line[key]) for line in log] for name, key in keys.items()
                 if all(line[key] is not None for line in log)}
 
     losses = lines(train="train_loss", cross_entropy="ce_loss", distillation="distillation_loss",
                    val="val_loss")
-    accuracies = lines(train="train_acc", val="val_acc")
+    accuracies = lines(train="train_acc", val="val_acc") | {
+        f"{layer} (train)": [(line["epoch"], line["exit_train_acc"][layer]) for line in log]
+        for layer in log[0]["exit_train_acc"]}
+    if start_acc is not None:
+        accuracies["val"].insert(0, (0, start_acc))
+    best, _ = max(accuracies["val"], key=lambda point: point[1])  # the earlier of equal ones
+    fitted = "" if start_acc is None else " (0: only the classifiers fitted)"
     *trained, val = (max(y for _, y in line) for line in losses.values())
-    least = min(y for line in accuracies.values() for _, y in line)
     # A val loss far above the others, as of an early epoch, leaves the chart.
-    return (line_chart("loss by epoch", losses, high=max(*trained, min(val, 2 * max(trained))))
-            + line_chart("accuracy by epoch", accuracies, high=1,
-                         low=min(0.9, math.floor(10 * least) / 10))
-            + line_chart("learning rate by epoch", lines(rate="lr")))
+    highest = max(*trained, min(val, 2 * max(trained)))
+    return (line_chart("loss by epoch", losses, best, high=highest)
+            + line_chart(f"accuracy by epoch{fitted}", accuracies, best, high=1,
+                         low=min(0.9, *(y for line in accuracies.values() for _, y in line)))
+            + line_chart("learning rate by epoch", lines(rate="lr"), best))
 
 
-def line_chart(title: str, lines: dict[str, list[tuple[float, float]]], low: float = 0,
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, in at most `most` steps from `low` to `high`."""
+    tenth = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(step for step in (tenth, 2 * tenth, 5 * tenth, 10 * tenth)
+                if high - low <= most * step)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    return [k * step for k in range(first, last + 1)]
+
+
+def line_chart(title: str, lines: dict[str, list[tuple[int, float]]], best: int, low: float = 0,
                high: float | None = None) -> str:
-    """Lines through points (x, y), by name.
+    """Lines through points (epoch, y), by name.
 
     Args:
-        low, high: ends of the vertical axis. Default: 0 and the largest y
+        best: the epoch to be marked.
+        low, high: what the vertical axis shows at least; an arrow stands for a point above it.
+            Default: 0 and the largest y
     """
     points = [point for line in lines.values() for point in line]
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
-    high, wide = high or max(y for _, y in points) or 1, right - left or 1
+    left, right = min(best, *(x for x, _ in points)), max(x for x, _ in points)
+    heights = ticks(low, high or max(y for _, y in points) or 1)
+    low, high = heights[0], heights[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return (round(50 + 260 * (x - left) / wide, 1),
-                round(165 - 150 * (y - low) / (high - low), 1))
+        return (round(50 + 250 * (x - left) / max(1, right - left), 1),
+                round(165 - 145 * (min(y, high) - low) / (high - low), 1))
 
-    drawn = [f'<line x1="50" x2="310" y1="{y}" y2="{y}"/><text x="44" y="{y + 4}" '
-             f'text-anchor="end">{value:.2g}</text>'
-             for value in (low, (low + high) / 2, high) for _, y in [place(left, value)]]
-    drawn += [f'<text x="{place(x, low)[0]}" y="182" text-anchor="middle">{x:g}</text>'
-              for x in sorted({left, right})]
+    drawn = [f'<line x1="50" x2="300" y1="{place(left, y)[1]}" y2="{place(left, y)[1]}"/>'
+             f'<text x="44" y="{place(left, y)[1] + 4}" text-anchor="end">{round(y, 9):g}</text>'
+             for y in heights]
+    drawn += [f'<text x="{place(x, low)[0]}" y="182" text-anchor="middle">{x}</text>'
+              for x in range(left, right + 1, math.ceil((right - left + 1) / 10))]
+    x, _ = place(best, low)
+    drawn.append(f'<line class="best" x1="{x}" x2="{x}" y1="14" y2="165"/>'
+                 f'<text x="{x}" y="10" text-anchor="middle">best</text>')
+    legend = ""
     for k, (name, line) in enumerate(lines.items()):
+        name, colour = escape(name.replace("_", " ")), f"var(--c{k % 4})"
+        legend += f'<span style="color: {colour}">{name}</span>'
         path = " ".join("{},{}".format(*place(*point)) for point in line)
-        drawn.append(f'<polyline points="{path}" stroke="var(--c{k})"/>')
-        drawn += ['<circle cx="{}" cy="{}" r="2.5" fill="var(--c{})"><title>{}: {:.4g} at {:.4g}'
-                  "</title></circle>".format(*place(x, y), k, name, y, x) for x, y in line]
-    legend = "".join(f'<span style="color: var(--c{k})">{name.replace("_", " ")}</span>'
-                     for k, name in enumerate(lines))
+        drawn.append(f'<polyline points="{path}" stroke="{colour}"/>')
+        for epoch, y in line:
+            x, height = place(epoch, y)
+            note = f"<title>{name}: {y:.4g} in epoch {epoch}</title>"
+            drawn.append(f'<text x="{x}" y="{height}" text-anchor="middle" fill="{colour}">▲{note}'
+                         "</text>" if y > high else
+                         f'<circle cx="{x}" cy="{height}" r="2.5" fill="{colour}">{note}</circle>')
     return (f'<figure><svg viewBox="0 0 320 190">{"".join(drawn)}</svg>'
             f"<figcaption>{title}: {legend}</figcaption></figure>")
 
 
-def class_bars(summary: dict, most: int = 30) -> str:
-    """A table of the accuracy by class, of those with the lowest one if there are many."""
+def class_bars(summary: dict) -> str:
+    """A table of the figures by class, of those with the lowest recall if there are many."""
     rows = sorted((row["recall"], escape(name), row) for name, row in summary["per_class"].items()
                   if row["count"])
-    return '<table class="bars">' + "".join(
-        f'<tr><th title="{name}">{name}<td><i style="width: {recall:.0%}"></i><td>'
-        f'{recall:.3f}, {row["correct"]} of {row["count"]}; precision {row["precision"]:.3f}, '
-        f'F1 {row["f1"]:.3f}' for recall, name, row in rows[:most]) + "</table>"
+    return ('<div class="table"><table class="bars"><thead><tr><th>class<th><th>right (recall)'
+            "<th>precision<th>F1<tbody>" + "".join(
+                f'<tr><th>{name}<td class="bar"><i style="width: {recall:.0%}"></i><td>'
+                f'{part_of(row["correct"], row["count"])}<td>{row["precision"]:.3f}<td>'
+                f'{row["f1"]:.3f}' for recall, name, row in rows[:SHOWN]) + "</table></div>")
 
 
-def heat_map(matrix: Tensor, classes: list[str], most: int = 30) -> str:
+def heat_map(matrix: Tensor, classes: list[str]) -> str:
     """A table of a confusion matrix, of the classes with the most mistakes if there are many."""
     mistakes = matrix.sum(dim=0) + matrix.sum(dim=1) - 2 * matrix.diagonal()
-    chosen = mistakes.argsort(descending=True, stable=True)[:most].sort().values
+    chosen = mistakes.argsort(descending=True, stable=True)[:SHOWN].sort().values
     names = [escape(classes[k]) for k in chosen]
     totals = matrix[chosen].sum(dim=1).clamp(min=1).tolist()
     rows = []
@@ -935,9 +1002,10 @@ def heat_map(matrix: Tensor, classes: list[str], most: int = 30) -> str:
         cells = [f'<td style="--share: {70 * (count / total) ** 0.5:.0f}%'
                  f'{"; --color: var(--c0)" if name == other else ""}" title="{count} of {total}: '
                  f'{name} taken for {other}">{count or ""}' for other, count in zip(names, counts)]
-        rows.append(f'<tr><th title="{name}">{name}{"".join(cells)}')
-    head = "".join(f'<th title="{name}">{name}' for name in names)
-    return (f'<table class="heat"><thead><tr><td>{head}<tbody>{"".join(rows)}</table>')
+        rows.append(f'<tr><th>{name}{"".join(cells)}')
+    head = "".join(f"<th>{name}" for name in names)
+    return ('<div class="table"><table class="heat"><thead><tr><td>'
+            f"{head}<tbody>{''.join(rows)}</table></div>")
 
 
 # Second half: the script
@@ -1020,8 +1088,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
     print(title, f"{dataset.root}: {len(dataset)} images", sep="\n")
     predictions = predict(model, loader, machine)
     summary = predictions.summarize(classes)
-    names = labelled(classes, checkpoint["names"])
-    print_summary(predictions.summarize(names))
+    print_summary(predictions.summarize(labelled(classes, checkpoint["names"])))
     for layer, network in exits.items():
         figures = predict(network, loader, machine).summarize(classes)
         summary.setdefault("exits", {})[layer] = figures
@@ -1029,8 +1096,8 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
               f"{figures['images_per_second']:.1f} images/s")
     if args.report:
         write_file(Path(args.report, "report.html"),
-                   report_html(title, predictions, dataset, names,
-                               read_log(Path(args.checkpoint))))
+                   report_html(title, checkpoint, predictions, dataset,
+                               read_log(Path(args.checkpoint)), summary.get("exits")))
     if args.json:
         matrix = confusion_matrix(predictions, len(classes)).tolist()
         write_json(args.json, summary | {"classes": classes, "confusion_matrix": matrix})
@@ -1063,13 +1130,18 @@ def print_summary(summary: dict) -> None:
 def read_log(checkpoint: Path) -> list[dict]:
     """The lines of the log.jsonl beside a best.pt, or of log.1.jsonl beside best.1.pt; or none."""
     path = checkpoint.with_name(re.sub("^(best|last)", "log", f"{checkpoint.stem}.jsonl"))
-    keys = ("epoch", "train_loss", "ce_loss", "distillation_loss", "train_acc", "val_loss",
-            "val_acc", "lr")
+    keys = ("train_loss", "ce_loss", "distillation_loss", "train_acc", "val_loss", "val_acc", "lr")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no figure")
+
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
         return [{key: None if line[key] is None else float(line[key]) for key in keys}
-                for line in lines]
-    except (OSError, ValueError, TypeError, LookupError):
+                | {"epoch": int(line["epoch"]), "exit_train_acc": {
+                    layer: float(line["exit_train_acc"][layer])
+                    for layer in lines[0]["exit_train_acc"]}} for line in lines]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return []
 
 

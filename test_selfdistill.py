@@ -2042,29 +2042,46 @@ class EvaluationTest(ImagesTestCase):
 
     def test_the_report_is_one_page_with_the_figures_and_the_mistakes(self) -> None:
         self.enter_folder()
-        shutil.copy(self.path, "best.pt")
-        for log in ("", "damaged", json.dumps({
-                "epoch": 1, "train_loss": 2.0, "ce_loss": 1.5, "distillation_loss": None,
-                "val_loss": 0.125, "train_acc": 1.0, "val_acc": 1.0, "lr": 0.1}) + "\n"):
+        torch.save(self.checkpoint | {"start_acc": 0.25}, "best.pt")
+        first = {"epoch": 1, "train_loss": 2.0, "ce_loss": 1.5, "distillation_loss": None,
+                 "val_loss": 0.125, "train_acc": 1.0, "val_acc": 0.75, "lr": 0.1,
+                 "exit_train_acc": {"layer2": 0.375}}
+        second = first | {"epoch": 2, "val_loss": 100.0}
+        for log in ("", "damaged", json.dumps(first | {"lr": math.nan}),
+                    json.dumps(first) + "\n" + json.dumps(second) + "\n"):
             Path("log.jsonl").write_text(log)
             figures, _ = self.evaluate("best.pt", "--report", "new/folder", "--save-predictions",
                                        "table.csv")
             html = Path("new/folder/report.html").read_text()
-            self.assertEqual("loss by epoch" in html, "train_loss" in log)
-        self.assertIn("val: 0.125 at 1", html)
-        self.assertIn(f"top-1 {figures['top1']:.4f} (95 % interval", html)
+            self.assertEqual("loss by epoch" in html, log.count("train_loss") == 2)
+        for point in ("val: 0.125 in epoch 1", "val: 0.25 in epoch 0", "val: 0.75 in epoch 2",
+                      "layer2 (train): 0.375 in epoch 1"):
+            self.assertIn(f"><title>{point}</title></circle>", html)
+        self.assertIn("▲<title>val: 100 in epoch 2</title>", html)  # above the scale
+        # Epoch 1, the first of equal ones, is at the left of the losses, halfway in the accuracies.
+        self.assertEqual(re.findall(r'class="best" x1="([\d.]+)"', html), ["50.0", "175.0", "50.0"])
+        rights = round(figures["top1"] * 9)
+        self.assertIn(f"<b>{rights} of 9 ({100 * rights / 9:.3g} %)</b>right (top-1)", html)
         for row in self.read_table(Path("table.csv")):  # each of the nine, as right or as wrong
             self.assertIn("{}: label {label}, predicted {prediction} ({confidence:.2f})</".format(
                 Path(row["path"]).name, **row | {"confidence": float(row["confidence"])}), html)
         self.assertEqual(html.count("data:image/jpeg;base64,"), 9)
         self.assertFalse(re.search(r"<script|<link|https?:|src=\"(?!data:)", html))
 
+    def test_the_axes_of_a_chart_end_at_round_figures(self) -> None:
+        for low, high, expected in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.82, 1, [0.8, 0.85, 0.9,
+                                    0.95, 1]), (0, 7.3, [0, 2, 4, 6, 8]), (0, 0.0042, [
+                                    0, 0.001, 0.002, 0.003, 0.004, 0.005]), (0, 5, [*range(6)])):
+            assert_close(torch.tensor(evaluate.ticks(low, high)), torch.tensor(expected).float(),
+                         check_dtype=False)
+
     def test_names_are_text_on_the_page(self) -> None:
         dataset = evaluate.ImageFolder(self.data / "train", val_transform(32, normalized=False))
         names = ["<b>", "square", "star"]
-        html = evaluate.report_html("<u>", self.ten, dataset, names, []).decode()
-        self.assertFalse(re.search("<[bu]>", html))
-        for name in ("&lt;b&gt;", "&lt;u&gt;"):
+        html = evaluate.report_html("<u>", self.checkpoint | {"names": names}, self.ten, dataset,
+                                    []).decode()
+        self.assertFalse(re.search("<u>|<b>[^0-9]", html))
+        for name in ("&lt;b&gt; (circle)", "&lt;u&gt;"):
             self.assertIn(name, html)
 
     def test_the_heat_map_has_the_counts_of_the_classes_with_the_most_mistakes(self) -> None:

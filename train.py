@@ -16,7 +16,7 @@ if __name__ == "__main__":  # `python -P` leaves the script's folder out
 
 # Before torch, as it checks that torch and torchvision fit together.
 from evaluate import (SIZES, ImageFolder, Machine, Parser, Predictions, Progress, UserError,
-                      find_splits, labelled, read_checkpoint, read_names, report_html, run_script,
+                      find_splits, read_checkpoint, read_names, report_html, run_script,
                       shorten, split_off, tell_left_out, write_file)
 
 import argparse
@@ -624,24 +624,29 @@ class Trainer:
         self.check_finite(*self.distiller.parameters())
         if rank() > 0:
             return
-        args, out = self.args, Path(self.args.out)
+        out, checkpoint = Path(self.args.out), self.checkpoint()
+        if self.is_best():
+            write_checkpoint(out / "best.pt", checkpoint)
+        write_checkpoint(out / "last.pt", checkpoint | {"run": self.state_dict()})
+        lines = "".join(json.dumps(line) + "\n" for line in self.log)
+        write_file(out / "log.jsonl", lines.encode())
+
+    def checkpoint(self) -> dict:
+        """What best.pt holds, as of now."""
+        args = self.args
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SAVED} | {
             "data": self.data, "precision": self.machine.precision,
             "val_split": (args.val_split or VAL_SPLIT) if self.is_split else None,
             "student_layer": list(self.hooked.student_layers),
             "teacher_layer": self.hooked.teacher_layer}
         last_acc = self.log[-1]["val_acc"] if self.log else self.best_acc
-        checkpoint = {"model": self.result.hooked.model.state_dict(), "arch": args.arch,
-                      "classes": self.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
-                      "std": list(IMAGENET_STD), "epoch": self.epoch, "val_acc": max(0.0, last_acc),
-                      "data": settings["data"], "args": settings, "names": self.names}
-        if self.exit_layers:
-            checkpoint["exits"] = self.exits()
-        if self.is_best():
-            write_checkpoint(out / "best.pt", checkpoint)
-        write_checkpoint(out / "last.pt", checkpoint | {"run": self.state_dict()})
-        lines = "".join(json.dumps(line) + "\n" for line in self.log)
-        write_file(out / "log.jsonl", lines.encode())
+        started = {"start_acc": self.start_acc} if self.start_acc >= 0 else {}
+        exits = {"exits": self.exits()} if self.exit_layers else {}
+        return {"model": self.result.hooked.model.state_dict(), "arch": args.arch,
+                "classes": self.classes, "names": self.names, "size": args.size,
+                "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "epoch": self.epoch,
+                "val_acc": max(0.0, last_acc), "data": self.data, "args": settings,
+                **started, **exits}
 
     def state_dict(self) -> dict:
         return ({name: part.state_dict() for name, part in self.parts().items()}
@@ -698,10 +703,8 @@ class Trainer:
                      for index in range(0, count, math.ceil(count / 20))]
         title = (f"{Path(self.args.out).resolve().name}: {self.args.arch} after epoch {self.epoch} "
                  f"of {self.args.epochs}")
-        names = labelled(self.classes, self.names)
         write_file(Path(self.args.out, "report.html"), report_html(
-            title, predictions, self.val_set, names, self.log,
-            [(image, names[label]) for image, label in augmented],
+            title, self.checkpoint(), predictions, self.val_set, self.log, augmented=augmented,
             refresh=self.epoch < self.args.epochs))
 
     def make_loaders(self) -> None:
