@@ -61,8 +61,8 @@ from torchvision import datasets
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from selfdistill import (is_upright, load_classifier, load_tensors, normalize, pooled, to_rgb,
-                         val_transform)
+from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, is_upright, load_classifier, load_tensors,
+                         normalize, pooled, to_rgb, val_transform)
 
 # First half: what train.py shares (messages, images, the machine, predictions, early exits, files,
 # the report). The script alone begins at "Second half".
@@ -532,6 +532,8 @@ class Machine:
         self.on_cuda = self.device.type == "cuda"
         self.precision = self.best_precision() if precision == "auto" else precision
         self.workers = self.usable_cores() if workers is None else workers
+        self.statistics = [torch.tensor(values, device=self.device)
+                           for values in (IMAGENET_MEAN, IMAGENET_STD)]
         if self.on_cuda:
             torch.set_float32_matmul_precision("high")  # TF32, which convolutions use by default
             torch.backends.cudnn.benchmark = True
@@ -567,7 +569,7 @@ class Machine:
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images (N, H, W, 3) of a loader as (N, 3, H, W) here, normalised, in channels_last."""
-        return normalize(self.move(images).permute(0, 3, 1, 2))
+        return normalize(self.move(images).permute(0, 3, 1, 2), *self.statistics)
 
     @torch.inference_mode()
     def outputs(self, model: nn.Module,

@@ -73,13 +73,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def normalize(images: Tensor) -> Tensor:
+def normalize(images: Tensor, mean: Tensor | Sequence[float] = IMAGENET_MEAN,
+              std: Tensor | Sequence[float] = IMAGENET_STD) -> Tensor:
     """Turn uint8 images (..., 3, H, W) into floats with ImageNet's mean and deviation removed.
 
-    Cheapest for a whole batch at once, on the device that trains.
+    Cheapest for a whole batch at once, on the device that trains; `mean` and `std` as tensors there
+    spare it the wait for their copies.
     """
     images = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+    return v2.functional.normalize(images, mean, std)
 
 
 class _RandomResizedCrop(v2.RandomResizedCrop):

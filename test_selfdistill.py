@@ -55,14 +55,17 @@ from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillat
 
 HERE = Path(__file__).resolve().parent
 RESNET18 = ("--arch", "resnet18")
+HAS_CUDA = torch.cuda.is_available()
 
 
 def setUpModule() -> None:
-    """Do not wait for the disk, nor, with such small tensors, for threads."""
+    """Do not wait for the disk, nor, with such small tensors, for threads; take the CPU."""
     torch.set_num_threads(1)
-    patch = mock.patch("os.fsync")  # what tests write need not outlive a power cut
-    patch.start()
-    unittest.addModuleCleanup(patch.stop)
+    for patch in (mock.patch("os.fsync"),  # what tests write need not outlive a power cut
+                  mock.patch("torch.cuda.is_available", return_value=False),
+                  mock.patch("torch.backends.mps.is_available", return_value=False)):
+        patch.start()
+        unittest.addModuleCleanup(patch.stop)
 
 
 def load_tests(loader: object, tests: unittest.TestSuite, pattern: object) -> unittest.TestSuite:
@@ -853,16 +856,77 @@ class CheckTest(TestCase):
         self.assertIn("note: 1 unreadable images in val/", self.check("--skip-unreadable")[1])
 
 
-class OptimizerTest(unittest.TestCase):
-    """A Trainer, its optimiser and single steps on 18 train images, one batch of them an epoch."""
+load = partial(torch.load, weights_only=True)
+
+
+class ImagesTestCase(TestCase):
+    """Gives the tests of a class one image folder, which they leave as it is."""
 
     @classmethod
     def setUpClass(cls) -> None:
         temporary = tempfile.TemporaryDirectory()
         cls.addClassCleanup(temporary.cleanup)
-        cls.folder = Path(temporary.name)
-        data = write_images(cls.folder / "images")
-        cls.splits = [evaluate.ImageFolder(data / split, val_transform(64, normalized=False))
+        cls.shared = Path(temporary.name).resolve()
+        cls.data = write_images(cls.shared / "images")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.folder = self.folder.resolve()
+        self.out = self.folder / "out"
+
+    def train(self, *arguments: object, out: str = "out") -> str:
+        return run_training(self.data, self.folder / out, *arguments)
+
+    def train_until_signal(self, *arguments: object) -> None:
+        with self.assertRaises(SystemExit) as caught:
+            self.train(*arguments)
+        self.assertEqual(caught.exception.code, 128 + signal.SIGTERM)
+
+    def last(self, out: str = "out") -> dict:
+        return load(self.folder / out / "last.pt")
+
+    def start(self, out: str, *flags: object, prepare: Callable = int, log: str = "") -> "Training":
+        process = Training(tiny(self.data, self.folder / out, *flags),
+                           self.folder / f"{out}{log}.log", prepare)
+        self.addCleanup(process.kill)
+        return process
+
+    def assert_errors(self, main: Callable, *cases: tuple[tuple, str]) -> None:
+        """Each case: flags, and what the one line that a script ends with then matches."""
+        for flags, message in cases:
+            with self.subTest(flags):
+                flags = tiny(self.data, self.out, *flags) if main is train.main else flags
+                self.assertRegex(self.error_of(main, *flags), message)
+
+    def evaluate(self, checkpoint: Path, *arguments: object) -> tuple[dict, str]:
+        """The figures that evaluate.py writes, and what it prints."""
+        path = self.folder / "new" / "folder" / "figures.json"
+        printed = run(evaluate.main, checkpoint, "--workers", 0, "--json", path, *arguments)
+        return json.loads(path.read_text()), printed
+
+
+@contextlib.contextmanager
+def signal_in_batch(number: int) -> Iterator[mock.Mock]:
+    """Have SIGTERM come in a batch by its number from 1, of fitting, training or validation."""
+    original = evaluate.Machine.prepare
+
+    def signalled(machine: evaluate.Machine, images: Tensor) -> Tensor:
+        if prepare.call_count == number:
+            signal.raise_signal(signal.SIGTERM)
+        return original(machine, images)
+
+    with mock.patch.object(evaluate.Machine, "prepare", autospec=True,
+                           side_effect=signalled) as prepare:
+        yield prepare
+
+
+class TrainerTestCase(ImagesTestCase):
+    """Gives the tests of a class a Trainer for single steps on 18 images, an epoch's one batch."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.splits = [evaluate.ImageFolder(cls.data / split, val_transform(64, normalized=False))
                       for split in ("train", "val")]
         torch.manual_seed(0)
         cls.images = torch.randint(256, (18, 64, 64, 3), dtype=torch.uint8)
@@ -872,6 +936,34 @@ class OptimizerTest(unittest.TestCase):
         args, _ = train.settle({"data": "somewhere", "out": str(self.folder), "size": 64,
                                 "weights": "none", "lr": 0.01} | flags)
         return train.Trainer(args, evaluate.Machine(device, precision, 0), *self.splits)
+
+    def check_step(self, device: str, precisions: tuple[str, ...]) -> None:
+        for precision in precisions:
+            trainer = self.make(device, precision, hint=1.0, labels=1.0, soft=1.0)
+            before = copy.deepcopy(trainer.distiller.state_dict())
+            trainer.step(self.images, self.labels)
+            self.assertTrue(trainer.totals.isfinite().all())
+            self.assertEqual(trainer.totals[0], 18)
+            for name, parameter in trainer.distiller.named_parameters():
+                self.assertFalse(torch.equal(parameter, before[name]), (precision, name))
+
+    def check_overflow(self, device: str) -> None:
+        trainer = self.make(device, "fp16")
+        trainer.scaler = torch.amp.GradScaler(device, init_scale=2.0 ** 120)
+        before, rate = copy.deepcopy(trainer.model.state_dict()), trainer.scheduler.get_last_lr()
+        trainer.step(self.images, self.labels)
+        for name, parameter in trainer.model.named_parameters():
+            self.assertTrue(torch.equal(parameter, before[name]), name)
+        self.assertEqual((trainer.scheduler.get_last_lr(), trainer.scheduler.last_epoch), (rate, 0))
+        self.assertEqual(trainer.scaler.get_scale(), 2.0 ** 119)
+        trainer.scaler.update(1.0)
+        trainer.step(self.images, self.labels)
+        self.assertEqual(trainer.scheduler.last_epoch, 1)
+        self.assertFalse(torch.equal(before["conv1.weight"], trainer.model.conv1.weight))
+
+
+class OptimizerTest(TrainerTestCase):
+    """The optimiser, its schedule, the average of the weights, and single steps."""
 
     def test_tuned_trains_everything_in_one_cycle_and_decays_no_bias_or_norm(self) -> None:
         trainer, rates = self.make(hint=1.0, labels=1.0, epochs=10), []
@@ -955,22 +1047,11 @@ class OptimizerTest(unittest.TestCase):
         trainer.log[1]["exit_train_acc"]["layer3.1"] = 0.5
         self.assertEqual(list(trainer.remarks()), [])
 
-    def check_step(self, device: str, precisions: tuple[str, ...]) -> None:
-        for precision in precisions:
-            trainer = self.make(device, precision, hint=1.0, labels=1.0, soft=1.0)
-            before = copy.deepcopy(trainer.distiller.state_dict())
-            trainer.step(self.images, self.labels)
-            self.assertTrue(trainer.totals.isfinite().all())
-            self.assertEqual(trainer.totals[0], 18)
-            for name, parameter in trainer.distiller.named_parameters():
-                self.assertFalse(torch.equal(parameter, before[name]), (precision, name))
-
     def test_a_step_on_the_cpu_changes_all_weights(self) -> None:
         self.check_step("cpu", ("fp32", "bf16"))
 
-    @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
-    def test_a_step_on_cuda_changes_all_weights(self) -> None:
-        self.check_step("cuda", ("fp32", "bf16"))
+    def test_an_overflow_in_fp16_is_skipped_by_the_schedule_too(self) -> None:
+        self.check_overflow("cpu")
 
     def test_a_compiled_step_is_that_of_the_network_as_it_is(self) -> None:
         trainer, results = self.make(hint=1.0, labels=1.0, soft=1.0), []
@@ -980,70 +1061,6 @@ class OptimizerTest(unittest.TestCase):
                                             trainer.model.layer2[0].conv1.weight)
             results.append((outputs, gradient))
         assert_close(*results)
-
-
-load = partial(torch.load, weights_only=True)
-
-
-class ImagesTestCase(TestCase):
-    """Gives the tests of a class one image folder, which they leave as it is."""
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(temporary.cleanup)
-        cls.shared = Path(temporary.name).resolve()
-        cls.data = write_images(cls.shared / "images")
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.folder = self.folder.resolve()
-        self.out = self.folder / "out"
-
-    def train(self, *arguments: object, out: str = "out") -> str:
-        return run_training(self.data, self.folder / out, *arguments)
-
-    def train_until_signal(self, *arguments: object) -> None:
-        with self.assertRaises(SystemExit) as caught:
-            self.train(*arguments)
-        self.assertEqual(caught.exception.code, 128 + signal.SIGTERM)
-
-    def last(self, out: str = "out") -> dict:
-        return load(self.folder / out / "last.pt")
-
-    def start(self, out: str, *flags: object, prepare: Callable = int, log: str = "") -> "Training":
-        process = Training(tiny(self.data, self.folder / out, *flags),
-                           self.folder / f"{out}{log}.log", prepare)
-        self.addCleanup(process.kill)
-        return process
-
-    def assert_errors(self, main: Callable, *cases: tuple[tuple, str]) -> None:
-        """Each case: flags, and what the one line that a script ends with then matches."""
-        for flags, message in cases:
-            with self.subTest(flags):
-                flags = tiny(self.data, self.out, *flags) if main is train.main else flags
-                self.assertRegex(self.error_of(main, *flags), message)
-
-    def evaluate(self, checkpoint: Path, *arguments: object) -> tuple[dict, str]:
-        """The figures that evaluate.py writes, and what it prints."""
-        path = self.folder / "new" / "folder" / "figures.json"
-        printed = run(evaluate.main, checkpoint, "--workers", 0, "--json", path, *arguments)
-        return json.loads(path.read_text()), printed
-
-
-@contextlib.contextmanager
-def signal_in_batch(number: int) -> Iterator[mock.Mock]:
-    """Have SIGTERM come in a batch by its number from 1, of fitting, training or validation."""
-    original = evaluate.Machine.prepare
-
-    def signalled(machine: evaluate.Machine, images: Tensor) -> Tensor:
-        if prepare.call_count == number:
-            signal.raise_signal(signal.SIGTERM)
-        return original(machine, images)
-
-    with mock.patch.object(evaluate.Machine, "prepare", autospec=True,
-                           side_effect=signalled) as prepare:
-        yield prepare
 
 
 class TrainingTest(ImagesTestCase):
@@ -1809,6 +1826,108 @@ class ProcessesTest(ImagesTestCase):
         for text in ("yet: starting anew", "stopped in epoch"):
             self.assertEqual(printed.count(text), 1)
         evaluate.read_checkpoint(self.out / "last.pt")
+
+
+@unittest.skipUnless(HAS_CUDA, "needs CUDA")
+class CudaTest(TrainerTestCase):
+    """What is otherwise on a GPU; nothing of it has run on one yet."""
+    DEVICE = "cuda"
+
+    def setUp(self) -> None:
+        super().setUp()
+        patch = mock.patch("torch.cuda.is_available", return_value=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def fine_tuned(self, precision: str) -> train.Trainer:
+        """A Trainer of given weights, which it averages, after a first step."""
+        weights = self.folder / "weights.pth"
+        torch.save(resnet18(num_classes=3).state_dict(), weights)
+        trainer = self.make(self.DEVICE, precision, weights=str(weights), epochs=10)
+        trainer.decay = 0.9
+        trainer.step(self.images.pin_memory(), self.labels.pin_memory())
+        return trainer
+
+    def test_a_step_changes_all_weights_in_any_precision(self) -> None:
+        self.check_step(self.DEVICE, ("fp32", "bf16", "fp16"))
+
+    def test_an_overflow_in_fp16_is_skipped_by_the_schedule_too(self) -> None:
+        self.check_overflow(self.DEVICE)
+
+    def test_steps_do_not_wait_for_the_gpu(self) -> None:
+        images, labels = self.images.pin_memory(), self.labels.pin_memory()
+        for precision in ("fp32", "bf16"):
+            trainer = self.fine_tuned(precision)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(2):
+                    trainer.step(images, labels)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            self.assertTrue(trainer.totals.isfinite().all())
+
+    def test_maps_stay_in_channels_last(self) -> None:
+        trainer, layouts = self.make(self.DEVICE, "bf16"), []
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda module, inputs, output: layouts.append(
+                    output.is_contiguous(memory_format=torch.channels_last)))
+        trainer.step(self.images, self.labels)
+        self.assertEqual(layouts, [True] * 20)
+
+    def test_only_here_batches_are_pinned_and_moved_without_waiting(self) -> None:
+        for device, is_pinned in ((self.DEVICE, True), ("cpu", False)):
+            loader = evaluate.Machine(device, "fp32", 0).loader(self.splits[0], batch_size=4)
+            self.assertEqual(next(iter(loader))[0].is_pinned(), is_pinned)
+
+    @unittest.skipUnless(shutil.which("cc"), "torch.compile needs a C compiler")
+    def test_a_compiled_run_learns_what_one_that_is_not_does(self) -> None:
+        for out, flags in (("plain", ()), ("compiled", ("--compile",))):
+            self.train("--device", self.DEVICE, *RESNET18, *flags, out=out)
+        plain, compiled = (read_log(self.folder / out)[0] for out in ("plain", "compiled"))
+        assert_close(compiled["train_loss"], plain["train_loss"], rtol=0.05, atol=0)
+
+    def test_a_resumed_run_goes_on_as_if_never_stopped(self) -> None:
+        # To the bit, but for what torch cannot do deterministically, which it warns of.
+        flags = ("--device", self.DEVICE, *RESNET18, "--epochs", 2, "--lr", 0.01)
+        self.addCleanup(torch.use_deterministic_algorithms, False)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        self.train(*flags, out="expected")
+        with signal_in_batch(2):
+            self.train_until_signal(*flags)
+        self.train(*flags, "--resume")
+        for part in ("distiller", "optimizer"):
+            assert_close(self.last()["run"][part], self.last("expected")["run"][part],
+                         rtol=1e-3, atol=1e-4)
+
+    def test_a_checkpoint_is_worth_the_same_on_the_cpu(self) -> None:
+        printed = self.train("--device", self.DEVICE, *RESNET18)
+        self.assertRegex(printed, r"GPU memory at most 0\.\d\d GiB")
+        self.train("--device", "cpu", *RESNET18, out="cpu")
+        for out in ("out", "cpu"):
+            best = self.folder / out / "best.pt"
+            losses = [self.evaluate(best, "--device", device)[0]["loss"]
+                      for device in (self.DEVICE, "cpu")]
+            assert_close(*losses, rtol=0.01, atol=0)
+            for suffix in (".pt2", ".pth"):
+                printed = run(evaluate.main, best, "--export", self.folder / f"network{suffix}")
+                self.assertIn("its outputs for 8 val images are the network's", printed)
+
+    def test_one_process_of_torchrun_computes_with_nccl(self) -> None:
+        process = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+             HERE / "train.py", *tiny(self.data, self.out, "--device", self.DEVICE, *RESNET18)],
+            capture_output=True, text=True)
+        self.assertEqual(process.returncode, 0, process.stderr)
+        self.assertIn(f"machine    {self.DEVICE}", process.stdout)
+        self.assertEqual(len(read_log(self.out)), 1)
+
+    def test_too_little_memory_is_said_in_one_line(self) -> None:
+        torch.cuda.empty_cache()
+        self.addCleanup(torch.cuda.set_per_process_memory_fraction, 1.0)
+        torch.cuda.set_per_process_memory_fraction(1e-4)
+        self.assert_errors(train.main, (("--device", self.DEVICE, "--size", 224, *RESNET18),
+                                        "out of memory: use a smaller --batch-size"))
 
 
 class DamagedFilesTest(ImagesTestCase):

@@ -55,7 +55,6 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import datasets
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -418,7 +417,7 @@ class Trainer:
         start = time.perf_counter() - self.seconds
         if self.average:
             share = GIVEN_SHARE * self.start_acc ** GIVEN_POWER
-            self.average.multi_avg_fn = moving_average(share ** (1 / (epochs * len(self.sampler))))
+            self.decay = share ** (1 / (epochs * len(self.sampler)))
         self.distiller.train()
         self.sampler.epoch, self.sampler.start = self.epoch, self.batch
         for images, labels in self.train_loader:
@@ -444,10 +443,12 @@ class Trainer:
         loss = sum(terms.values()) * share
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
         self.scaler.update()
-        self.scheduler.step()
+        if self.scaler.get_scale() >= scale:  # else fp16 has overflowed, and no step was taken
+            self.scheduler.step()
         if self.average:
-            self.average.update_parameters(self.distiller)
+            self.update_average()
         self.batch += 1
 
         right = [(output.argmax(dim=1) == labels).float().mean() for output in (logits, *early)]
@@ -456,6 +457,20 @@ class Trainer:
         if dist.is_initialized():
             dist.all_reduce(figures)
         self.totals += figures
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the average towards the weights as they now are; counters are copied.
+
+        As AveragedModel does, which would make the CPU wait for the GPU at every step.
+        """
+        tensors = [[*module.parameters(), *module.buffers()]
+                   for module in (self.average, self.distiller)]
+        floats = ([tensor for tensor in part if tensor.is_floating_point()] for part in tensors)
+        torch._foreach_lerp_(*floats, 1 - self.decay)
+        for average, tensor in zip(*tensors):
+            if not tensor.is_floating_point():
+                average.copy_(tensor)
 
     def describe_loss(self) -> str:
         self.check_finite()
@@ -591,8 +606,7 @@ class Trainer:
                 fit_logistic_regression(classifier, means, labels)
             for adapter, means in zip(adapters, students):
                 fit_adapter(adapter, teacher, means)
-        self.average.n_averaged.zero_()
-        self.average.update_parameters(self.distiller)  # which restarts at these weights
+        self.average.load_state_dict(self.distiller.state_dict())
         predictions = self.validate()
         if predictions:
             self.start_acc = self.best_acc = predictions.summarize(self.classes)["top1"]
@@ -779,8 +793,8 @@ class Trainer:
                           else ConstantLR(self.optimizer, factor=1.0, total_iters=0))
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=is_fp16)
         fine_tunes = recipe["fine_tune"] and isinstance(self.head, nn.Linear)
-        self.average = AveragedModel(self.distiller, use_buffers=True) if fine_tunes else None
-        self.result = self.average.module if fine_tunes else self.distiller  # validated, saved
+        self.average = copy.deepcopy(self.distiller) if fine_tunes else None
+        self.result = self.average or self.distiller  # validated, saved
 
 
 class Headless(nn.Module):
@@ -823,13 +837,6 @@ def load_hooked(arch: str, classes: list[str], weights: str, student_layer: list
     if not all(tensor.isfinite().all() for tensor in hooked.state_dict().values()):
         raise UserError(f"{weights}: not all of its weights are finite")
     return hooked
-
-
-def moving_average(decay: float) -> Callable:
-    """EMA update for AveragedModel that copies integer buffers, whose mean torch truncates."""
-    average, copied = get_ema_multi_avg_fn(decay), get_ema_multi_avg_fn(0.0)
-    return lambda averages, *others: (average if averages[0].is_floating_point()
-                                      else copied)(averages, *others)
 
 
 def fit_logistic_regression(classifier: nn.Linear, features: Tensor, labels: Tensor) -> None:
@@ -992,7 +999,9 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
         print(f"note: {remark}")
     print(f"best       val accuracy {trainer.best_acc:.4f} in epoch {trainer.best_epoch} (on "
           f"{len(val_set)} val images; ties go to the earlier epoch)")
-    print(f"time       {Progress.duration(trainer.elapsed())}")
+    memory = torch.cuda.max_memory_allocated() if machine.on_cuda else 0
+    print(f"time       {Progress.duration(trainer.elapsed())}"
+          + f", GPU memory at most {memory / 2 ** 30:.2f} GiB" * machine.on_cuda)
     print(f"wrote      in {args.out}: best.pt (the best epoch, for use), last.pt (to resume), "
           f"log.jsonl (figures){', report.html' * args.report}")
     print(f"next       python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
