@@ -273,14 +273,15 @@ def find_images(folder: str, left_out: Counter, seen: set[str]) -> list[str]:
     found = []
     for parent, inside, names in os.walk(folder, onerror=refuse, followlinks=True):
         left_out["hidden folder(s)"] += sum(name.startswith(".") for name in inside)
-        visible = {os.path.realpath(os.path.join(parent, name)): name
-                   for name in sorted(inside, reverse=True) if not name.startswith(".")}
-        inside[:] = sorted(visible[real] for real in visible.keys() - seen - above)
-        seen.update(visible)
-        for name in sorted(names):
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+        folders, files = (sorted(name for name in part if not name.startswith("."))
+                          for part in (inside, names))
+        reached = {os.path.realpath(os.path.join(parent, name)): name for name in folders[::-1]}
+        inside[:] = sorted(reached[real] for real in reached.keys() - seen - above)
+        seen.update(reached)
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES):
                 found.append(os.path.join(parent, name))
-            elif not name.startswith("."):
+            else:
                 left_out[os.path.splitext(name)[1].lower() or "without suffix"] += 1
     return found
 
@@ -316,7 +317,7 @@ class ImageFolder(datasets.ImageFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         folders = {}
         try:
-            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+            entries = list(os.scandir(directory))
         except OSError as error:
             raise UserError(f"cannot read the folder {directory}: {error.strerror}") from None
         for entry in entries:
