@@ -81,7 +81,7 @@ def normalize(images: Tensor, mean: Tensor | Sequence[float] = IMAGENET_MEAN,
     spare it the wait for their copies.
     """
     images = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(images, mean, std)
+    return v2.functional.normalize(images, mean, std, inplace=True)
 
 
 class _RandomResizedCrop(v2.RandomResizedCrop):
