@@ -620,12 +620,12 @@ class Predictions(NamedTuple):
         return self.top[:, 0] == self.labels  # (N) bool
 
     @staticmethod
-    def columns(logits: Tensor, labels: Tensor) -> list[Tensor]:
-        """The columns above for logits (N, K) and labels (N)."""
+    def columns(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The columns above for logits (N, K) and labels (N), on the device of the logits."""
         labels = labels.to(logits.device)
         losses = F.cross_entropy(logits, labels, reduction="none")
         probabilities, top = best_classes(logits)
-        return [column.cpu() for column in (labels, losses, top, probabilities)]
+        return labels, losses, top, probabilities
 
     def summarize(self, classes: list[str]) -> dict:
         """Compute the figures that `--json` writes; all but counts and the loss are fractions.
@@ -1118,7 +1118,8 @@ def predict(model: nn.Module, loader: DataLoader, machine: Machine) -> Predictio
         parts.append(Predictions.columns(logits, labels))
         progress.advance(len(labels))
     progress.rewrite()
-    return Predictions(*map(torch.cat, zip(*parts)), time.perf_counter() - progress.start)
+    columns = [torch.cat(column).cpu() for column in zip(*parts)]
+    return Predictions(*columns, time.perf_counter() - progress.start)
 
 
 def print_summary(summary: dict) -> None:

@@ -514,9 +514,9 @@ class Trainer:
             parts.append(columns_of(outputs, labels))
             progress.advance(len(labels))
         progress.rewrite()
-        parts = gather(parts)
+        parts = gather([[torch.cat(column).cpu() for column in zip(*parts)]])
         self.attend_to_signals()
-        return None if self.stop else [torch.cat(column) for column in zip(*parts)]
+        return None if self.stop else [torch.cat(column) for column in zip(*filter(None, parts))]
 
     def finish_epoch(self, predictions: Predictions) -> None:
         """Log the epoch, save, and print its line."""
@@ -591,8 +591,7 @@ class Trainer:
         loader = self.machine.loader(Subset(self.train_set, chosen[rank()::world_size()]),
                                      batch_size=self.val_loader.batch_size)
         columns = self.run_through(Headless(self.hooked), loader,
-                                   lambda *pair: [part.cpu() for part in pair],
-                                   "fitting the classifiers: images")
+                                   lambda *pair: pair, "fitting the classifiers: images")
         if columns is None:
             return
         features, labels = (column.to(self.machine.device) for column in columns)
