@@ -488,7 +488,9 @@ def read_names(data: str | Path, classes: list[str]) -> list[str]:
     """
     known = getattr(datasets.Imagenette, "_WNID_TO_CLASS", {})
     names = {folder: words[0] for folder, words in known.items()}
-    file = Path(data, "classes.txt")
+    folder = Path(data)
+    # Where there is no val/, train/ is the data folder.
+    file = (folder.parent if folder.name == "train" else folder) / "classes.txt"
     if file.is_file():
         try:
             for line in filter(str.strip, file.read_text(encoding="utf-8-sig").splitlines()):
@@ -797,8 +799,8 @@ tbody th { text-align: right } tbody td:not(.bar) { text-align: right; white-spa
 """
 SHOWN = 30  # classes in a table of the page, at most
 # Of a checkpoint's args, what the page says of a run.
-SETTINGS = ("data", "recipe", "weights", "epochs", "batch_size", "lr", "alpha", "hint", "labels",
-            "soft", "distillation", "seed", "precision", "val_split")
+SETTINGS = ("data", "recipe", "weights", "size", "epochs", "batch_size", "lr", "alpha", "hint",
+            "labels", "soft", "distillation", "seed", "precision", "val_split")
 
 
 def report_html(title: str, checkpoint: dict, predictions: Predictions, dataset: ImageFolder,

@@ -97,7 +97,7 @@ def tiny(data: Path, out: Path, *arguments: object) -> list[str]:
     return [str(argument) for argument in
             ("--data", data, "--out", out, "--arch", "mobilenet_v3_small", "--size", 32,
              "--weights", "none", "--epochs", 1, "--batch-size", 8, "--workers", 0,
-             "--precision", "fp32", *arguments)]
+             "--precision", "fp32", "--device", "cpu", *arguments)]
 
 
 def run_training(data: Path, out: Path, *arguments: object) -> str:
@@ -1420,7 +1420,7 @@ def train_as_a_script(arguments: list[str], log: Path, prepare: Callable) -> Non
     """What a `Training` does. On one thread, so that two of them do not slow each other down."""
     if hasattr(os, "setsid"):
         os.setsid()
-    os.fsync = mock.Mock()
+    os.fsync, torch.cuda.is_available = mock.Mock(), lambda: False
     torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
@@ -1572,27 +1572,27 @@ class ResumeTest(ImagesTestCase):
 
     def test_a_lost_terminal_or_pipe(self) -> None:
         """SIGHUP stops a run unless it is ignored; standard output may be closed or full."""
-        for name, prepare, code, end in (
-                ("hangup", partial(set_hangup, signal.SIG_DFL), 129, "stopped in epoch .*"),
-                ("nohup", partial(set_hangup, signal.SIG_IGN), 143, "stopped in epoch .*"),
-                ("full", partial(print_to, "/dev/full"), 0,
-                 "standard output is lost: No space left on device"),
-                ("pipe", partial(print_to, ""), 0, None)):
+        cases = (("hangup", partial(set_hangup, signal.SIG_DFL), 129, "stopped in epoch .*"),
+                 ("nohup", partial(set_hangup, signal.SIG_IGN), 143, "stopped in epoch .*"),
+                 ("full", partial(print_to, "/dev/full"), 0,
+                  "standard output is lost: No space left on device"),
+                 ("pipe", partial(print_to, ""), 0, None))
+        processes = [self.start(name, "--epochs", 10000 if code else 2, prepare=prepare)
+                     for name, prepare, code, _ in cases]
+        for (name, _, code, end), process in zip(cases, processes):
             with self.subTest(name):
-                goes_on = code > 0
-                process = self.start(name, "--epochs", 10000 if goes_on else 2, prepare=prepare)
-                if goes_on:
+                if code:
                     process.wait_for("1/10000 ")
                     os.killpg(process.pid, signal.SIGHUP)
                 if name == "nohup":
                     time.sleep(0.5)
                     os.killpg(process.pid, signal.SIGTERM)
                 self.assertEqual(process.exit_code(), code, process.printed())
-                if goes_on:
+                if code:
                     self.assertRegex(process.printed(), f"\n{end}\n$")
                 else:
                     self.assertEqual(process.printed(), f"{end}\n" * bool(end))
-                self.assertTrue(goes_on or len(read_log(self.folder / name)) == 2)
+                    self.assertEqual(len(read_log(self.folder / name)), 2)
 
     def test_a_second_ctrl_c_stops_at_once_but_not_a_second_sigterm(self) -> None:
         before = signal.getsignal(signal.SIGINT)  # ignored, in a job in the background
@@ -1715,7 +1715,6 @@ class ResumeTest(ImagesTestCase):
             path.write_bytes(b"")
         self.assert_errors(train.main,
                            (("--skip-unreadable",), "no image that can be read for star"))
-
 
     @unittest.skipUnless(importlib.util.find_spec("resource"), "files cannot be limited")
     def test_few_files_are_open_however_many_batches_there_are(self) -> None:
@@ -2086,6 +2085,7 @@ class EvaluationTest(ImagesTestCase):
                          ["tench", "other"])
         data = write_images(self.folder / "images", train_count=4)
         (data / "classes.txt").write_text("star, Stern, fünfzackig\n\ncircle,Kreis\n", "utf-8")
+        self.assertEqual(evaluate.read_names(data / "train", ["circle"]), ["Kreis"])
         self.train("--data", data, "--report")
         best = load(self.out / "best.pt")
         self.assertEqual(best["classes"], ["circle", "square", "star"])
@@ -2114,9 +2114,10 @@ class EvaluationTest(ImagesTestCase):
         self.assertEqual(sorted(os.listdir(self.folder)), ["figures.json", "victim"])
 
     def test_the_scripts_find_their_module_in_safe_mode(self) -> None:
-        for name in ("train.py", "evaluate.py"):
-            subprocess.run([sys.executable, "-P", HERE / name, "--help"], check=True,
-                           stdout=subprocess.DEVNULL, cwd=self.folder)
+        processes = [subprocess.Popen([sys.executable, "-P", HERE / name, "--help"],
+                                      stdout=subprocess.DEVNULL, cwd=self.folder)
+                     for name in ("train.py", "evaluate.py")]
+        self.assertEqual([process.wait() for process in processes], [0, 0])
 
     def test_what_is_written_of_each_image(self) -> None:
         figures, _ = self.evaluate(self.path, "--batch-size", 1, "--save-predictions",
