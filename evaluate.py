@@ -488,9 +488,9 @@ def read_names(data: str | Path, classes: list[str]) -> list[str]:
     """
     known = getattr(datasets.Imagenette, "_WNID_TO_CLASS", {})
     names = {folder: words[0] for folder, words in known.items()}
-    folder = Path(data)
-    # Where there is no val/, train/ is the data folder.
-    file = (folder.parent if folder.name == "train" else folder) / "classes.txt"
+    file = Path(data, "classes.txt")
+    if Path(data).name == "train" and not file.is_file():
+        file = Path(data).parent / "classes.txt"  # as train/ is the data where there is no val/
     if file.is_file():
         try:
             for line in filter(str.strip, file.read_text(encoding="utf-8-sig").splitlines()):
@@ -624,7 +624,7 @@ class Predictions(NamedTuple):
     @staticmethod
     def columns(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """The columns above for logits (N, K) and labels (N), on the device of the logits."""
-        labels = labels.to(logits.device)
+        labels = labels.to(logits.device, non_blocking=True)
         losses = F.cross_entropy(logits, labels, reduction="none")
         probabilities, top = best_classes(logits)
         return labels, losses, top, probabilities
@@ -739,7 +739,8 @@ def read_checkpoint(path: str | Path) -> dict:
                  "size": SIZES[0] <= checkpoint["size"] <= SIZES[1],
                  "names": len(checkpoint["names"]) == len(classes)
                           and all(isinstance(name, str) for name in checkpoint["names"]),
-                 "start_acc": isinstance(checkpoint.get("start_acc", 0.0), float),
+                 "start_acc": isinstance(start_acc := checkpoint.get("start_acc", 0.0), float)
+                              and 0 <= start_acc <= 1,
                  "args": args.get("precision") in list(DTYPES)
                          and isinstance(batch_size, int) and batch_size > 0
                          and (val_split is None or isinstance(val_split, float))}
@@ -789,16 +790,16 @@ svg { display: block; width: 100%; fill: var(--ink); font-size: 11px }
 line { stroke: var(--rule) } .best { stroke: var(--ink); stroke-dasharray: 3 3 }
 polyline { fill: none; stroke-width: 2 }
 .table { overflow-x: auto } table { border-spacing: 1px; font-size: .8rem; line-height: 1.4 }
-th { font-weight: normal; min-width: 5rem; max-width: 12rem } .bars td { padding: 0 .3rem }
-tbody th { text-align: right } tbody td:not(.bar) { text-align: right; white-space: nowrap }
+th { font-weight: normal; min-width: 5rem; max-width: 12rem } tbody th { text-align: right }
+.bars td { padding: 0 .3rem; text-align: right; white-space: nowrap }
 .bar { width: clamp(3rem, 15vw, 9rem) } i { display: block; height: .8em; background: var(--c0) }
 .heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); min-width: 0;
                  max-height: 12rem; text-align: left }
-.heat td { min-width: 1.7em; text-align: center !important; --color: var(--c1);
+.heat td { min-width: 1.7em; text-align: center; --color: var(--c1);
            background: color-mix(in srgb, var(--color) var(--share), transparent) }
 """
 SHOWN = 30  # classes in a table of the page, at most
-# Of a checkpoint's args, what the page says of a run.
+# The settings in a checkpoint's args that the page shows.
 SETTINGS = ("data", "recipe", "weights", "size", "epochs", "batch_size", "lr", "alpha", "hint",
             "labels", "soft", "distillation", "seed", "precision", "val_split")
 
@@ -823,7 +824,6 @@ def report_html(title: str, checkpoint: dict, predictions: Predictions, dataset:
     summary = predictions.summarize(classes)
     order = predictions.confidences.argsort(descending=True)
     wrong, least = order[~correct[order]][:20].tolist(), order[correct[order]].flip(0)[:10].tolist()
-    some = f": {SHOWN} of {len(classes)} classes" if len(classes) > SHOWN else ""
     settings = [f"{name.replace('_', '-')} {value}" for name in SETTINGS
                 if (value := checkpoint["args"].get(name)) is not None]
 
@@ -836,8 +836,8 @@ def report_html(title: str, checkpoint: dict, predictions: Predictions, dataset:
 
     sections = [("How good it is", tiles(summary, exits or {})),
                 ("Training", training_charts(log, checkpoint.get("start_acc")) if log else ""),
-                (f"By class, the lowest recall first{some}", class_bars(summary)),
-                (f"Labels (rows) and predictions (columns){some}",
+                ("By class, the lowest recall first", class_bars(summary)),
+                ("Labels (rows) and predictions (columns)",
                  heat_map(confusion_matrix(predictions, len(classes)), classes)),
                 ("The most confident mistakes", thumbnails(wrong)),
                 ("The least certain right answers", thumbnails(least)),
@@ -849,7 +849,8 @@ def report_html(title: str, checkpoint: dict, predictions: Predictions, dataset:
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8">{reload}<meta name="viewport" '
             f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
             f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n"
-            f"<div>{escape(', '.join(settings))}</div>\n{body}</html>\n")
+            f"<div>of {len(dataset)} images in {escape(dataset.root)}; trained with: "
+            f"{escape(', '.join(settings))}</div>\n{body}</html>\n")
     return page.encode(errors="backslashreplace")
 
 
@@ -874,7 +875,7 @@ def confusion_matrix(predictions: Predictions, classes: int) -> Tensor:
 
 
 def part_of(rights: float, count: int) -> str:
-    return f"{rights:.0f} of {count} ({100 * rights / count:.3g} %)"
+    return f"{rights:.0f} of {count} ({100 * rights / count:.1f} %)"
 
 
 def tiles(summary: dict, exits: dict[str, dict]) -> str:
@@ -886,11 +887,11 @@ def tiles(summary: dict, exits: dict[str, dict]) -> str:
                (f"{summary['macro_f1']:.3f}", "macro F1", "mean over the classes"),
                (f"{summary['balanced_accuracy']:.3f}", "balanced accuracy", "mean recall"),
                (f"{summary['loss']:.3f}", "loss", "cross-entropy"),
-               (f"{summary['images_per_second']:.0f} images/s", "speed", "loading included")]
+               (f"{summary['images_per_second']:.1f} images/s", "speed", "loading included")]
     if summary["top5"] is not None:
         figures.insert(1, (part_of(summary["top5"] * count, count), "among the best five", "top-5"))
     figures += [(part_of(figure["top1"] * count, count), f"exit {layer}",
-                 f"{figure['images_per_second']:.0f} images/s") for layer, figure in exits.items()]
+                 f"{figure['images_per_second']:.1f} images/s") for layer, figure in exits.items()]
     return "".join(f'<div class="tile"><b>{figure}</b>{escape(name)}<small>{note}</small></div>'
                    for figure, name, note in figures)
 
@@ -949,8 +950,8 @@ def line_chart(title: str, lines: dict[str, list[tuple[int, float]]], best: int,
 
     Args:
         best: the epoch to be marked.
-        low, high: what the vertical axis shows at least; an arrow stands for a point above it.
-            Default: 0 and the largest y
+        low, high: range that the vertical axis covers at least; points above the axis are drawn as
+            arrows. Default: 0 and the largest y
     """
     points = [point for line in lines.values() for point in line]
     left, right = min(best, *(x for x, _ in points)), max(x for x, _ in points)
@@ -961,9 +962,11 @@ def line_chart(title: str, lines: dict[str, list[tuple[int, float]]], best: int,
         return (round(50 + 250 * (x - left) / max(1, right - left), 1),
                 round(165 - 145 * (min(y, high) - low) / (high - low), 1))
 
-    drawn = [f'<line x1="50" x2="300" y1="{place(left, y)[1]}" y2="{place(left, y)[1]}"/>'
-             f'<text x="44" y="{place(left, y)[1] + 4}" text-anchor="end">{round(y, 9):g}</text>'
-             for y in heights]
+    drawn = []
+    for value in heights:
+        _, y = place(left, value)
+        drawn.append(f'<line x1="50" x2="300" y1="{y}" y2="{y}"/>'
+                     f'<text x="44" y="{y + 4}" text-anchor="end">{value:g}</text>')
     drawn += [f'<text x="{place(x, low)[0]}" y="182" text-anchor="middle">{x}</text>'
               for x in range(left, right + 1, math.ceil((right - left + 1) / 10))]
     x, _ = place(best, low)
@@ -989,8 +992,9 @@ def class_bars(summary: dict) -> str:
     """A table of the figures by class, of those with the lowest recall if there are many."""
     rows = sorted((row["recall"], escape(name), row) for name, row in summary["per_class"].items()
                   if row["count"])
-    return ('<div class="table"><table class="bars"><thead><tr><th>class<th><th>right (recall)'
-            "<th>precision<th>F1<tbody>" + "".join(
+    some = f" ({SHOWN} of {len(rows)})" if len(rows) > SHOWN else ""
+    return (f'<div class="table"><table class="bars"><thead><tr><th>class{some}<th><th>right '
+            "(recall)<th>precision<th>F1<tbody>" + "".join(
                 f'<tr><th>{name}<td class="bar"><i style="width: {recall:.0%}"></i><td>'
                 f'{part_of(row["correct"], row["count"])}<td>{row["precision"]:.3f}<td>'
                 f'{row["f1"]:.3f}' for recall, name, row in rows[:SHOWN]) + "</table></div>")
@@ -1009,7 +1013,8 @@ def heat_map(matrix: Tensor, classes: list[str]) -> str:
                  f'{name} taken for {other}">{count or ""}' for other, count in zip(names, counts)]
         rows.append(f'<tr><th>{name}{"".join(cells)}')
     head = "".join(f"<th>{name}" for name in names)
-    return ('<div class="table"><table class="heat"><thead><tr><td>'
+    some = f"{SHOWN} of {len(classes)}" if len(classes) > SHOWN else ""
+    return (f'<div class="table"><table class="heat"><thead><tr><td>{some}'
             f"{head}<tbody>{''.join(rows)}</table></div>")
 
 
@@ -1136,18 +1141,21 @@ def print_summary(summary: dict) -> None:
 def read_log(checkpoint: Path) -> list[dict]:
     """The lines of the log.jsonl beside a best.pt, or of log.1.jsonl beside best.1.pt; or none."""
     path = checkpoint.with_name(re.sub("^(best|last)", "log", f"{checkpoint.stem}.jsonl"))
-    keys = ("train_loss", "ce_loss", "distillation_loss", "train_acc", "val_loss", "val_acc", "lr")
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no figure")
+    def figure(value: float) -> float:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{value} is no figure")
+        return float(value)
 
     try:
-        lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-        return [{key: None if line[key] is None else float(line[key]) for key in keys}
-                | {"epoch": int(line["epoch"]), "exit_train_acc": {
-                    layer: float(line["exit_train_acc"][layer])
-                    for layer in lines[0]["exit_train_acc"]}} for line in lines]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{"epoch": int(line["epoch"])}
+                | {key: figure(line[key]) for key in ("train_loss", "train_acc", "val_loss",
+                                                      "val_acc", "lr")}
+                | {key: None if line[key] is None else figure(line[key])
+                   for key in ("ce_loss", "distillation_loss")}
+                | {"exit_train_acc": {layer: figure(line["exit_train_acc"][layer])
+                                      for layer in lines[0]["exit_train_acc"]}} for line in lines]
+    except (OSError, ValueError, TypeError, LookupError, OverflowError):
         return []
 
 

@@ -77,11 +77,11 @@ def normalize(images: Tensor, mean: Tensor | Sequence[float] = IMAGENET_MEAN,
               std: Tensor | Sequence[float] = IMAGENET_STD) -> Tensor:
     """Turn uint8 images (..., 3, H, W) into floats with ImageNet's mean and deviation removed.
 
-    Cheapest for a whole batch at once, on the device that trains; `mean` and `std` as tensors there
-    spare it the wait for their copies.
+    Cheapest for a whole batch at once, on the device that trains. `mean` and `std` as tensors there
+    avoid a blocking copy of them.
     """
-    images = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(images, mean, std, inplace=True)
+    scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
+    return v2.functional.normalize(scaled, mean, std, inplace=scaled is not images)
 
 
 class _RandomResizedCrop(v2.RandomResizedCrop):

@@ -55,7 +55,7 @@ from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillat
 
 HERE = Path(__file__).resolve().parent
 RESNET18 = ("--arch", "resnet18")
-HAS_CUDA = torch.cuda.is_available()
+HAS_CUDA = torch.cuda.device_count() > 0  # unlike is_available, it leaves CUDA to be forked
 
 
 def setUpModule() -> None:
@@ -921,7 +921,7 @@ def signal_in_batch(number: int) -> Iterator[mock.Mock]:
 
 
 class TrainerTestCase(ImagesTestCase):
-    """Gives the tests of a class a Trainer for single steps on 18 images, an epoch's one batch."""
+    """Gives the tests a Trainer on 18 images, one batch an epoch, for single steps."""
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -940,6 +940,8 @@ class TrainerTestCase(ImagesTestCase):
     def check_step(self, device: str, precisions: tuple[str, ...]) -> None:
         for precision in precisions:
             trainer = self.make(device, precision, hint=1.0, labels=1.0, soft=1.0)
+            trainer.scaler = torch.amp.GradScaler(device, init_scale=1024.0,
+                                                  enabled=precision == "fp16")
             before = copy.deepcopy(trainer.distiller.state_dict())
             trainer.step(self.images, self.labels)
             self.assertTrue(trainer.totals.isfinite().all())
@@ -1420,7 +1422,7 @@ def train_as_a_script(arguments: list[str], log: Path, prepare: Callable) -> Non
     """What a `Training` does. On one thread, so that two of them do not slow each other down."""
     if hasattr(os, "setsid"):
         os.setsid()
-    os.fsync, torch.cuda.is_available = mock.Mock(), lambda: False
+    os.fsync, os.environ["CUDA_VISIBLE_DEVICES"] = mock.Mock(), ""
     torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
@@ -1462,7 +1464,7 @@ def join_in_float64(environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
-    evaluate.normalize = lambda *images: selfdistill.normalize(*images).double()
+    evaluate.normalize = lambda *arguments: selfdistill.normalize(*arguments).double()
     nn.BatchNorm2d.train = lambda module, mode=True: nn.Module.train(module, False)
 
 
@@ -1829,7 +1831,7 @@ class ProcessesTest(ImagesTestCase):
 
 @unittest.skipUnless(HAS_CUDA, "needs CUDA")
 class CudaTest(TrainerTestCase):
-    """What is otherwise on a GPU; nothing of it has run on one yet."""
+    """What differs on a GPU; not yet run on one."""
     DEVICE = "cuda"
 
     def setUp(self) -> None:
@@ -1866,7 +1868,7 @@ class CudaTest(TrainerTestCase):
             self.assertTrue(trainer.totals.isfinite().all())
 
     def test_maps_stay_in_channels_last(self) -> None:
-        trainer, layouts = self.make(self.DEVICE, "bf16"), []
+        trainer, layouts = self.make(self.DEVICE, "auto"), []
         for module in trainer.model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(lambda module, inputs, output: layouts.append(
@@ -1879,10 +1881,10 @@ class CudaTest(TrainerTestCase):
             loader = evaluate.Machine(device, "fp32", 0).loader(self.splits[0], batch_size=4)
             self.assertEqual(next(iter(loader))[0].is_pinned(), is_pinned)
 
-    @unittest.skipUnless(shutil.which("cc"), "torch.compile needs a C compiler")
+    @unittest.skipUnless(shutil.which("gcc") or shutil.which("clang"), "needs a C compiler")
     def test_a_compiled_run_learns_what_one_that_is_not_does(self) -> None:
         for out, flags in (("plain", ()), ("compiled", ("--compile",))):
-            self.train("--device", self.DEVICE, *RESNET18, *flags, out=out)
+            self.train("--device", self.DEVICE, *RESNET18, "--lr", 0.01, *flags, out=out)
         plain, compiled = (read_log(self.folder / out)[0] for out in ("plain", "compiled"))
         assert_close(compiled["train_loss"], plain["train_loss"], rtol=0.05, atol=0)
 
@@ -1901,13 +1903,13 @@ class CudaTest(TrainerTestCase):
 
     def test_a_checkpoint_is_worth_the_same_on_the_cpu(self) -> None:
         printed = self.train("--device", self.DEVICE, *RESNET18)
-        self.assertRegex(printed, r"GPU memory at most 0\.\d\d GiB")
+        self.assertRegex(printed, r"GPU memory at most \d+\.\d\d GiB")
         self.train("--device", "cpu", *RESNET18, out="cpu")
         for out in ("out", "cpu"):
             best = self.folder / out / "best.pt"
             losses = [self.evaluate(best, "--device", device)[0]["loss"]
                       for device in (self.DEVICE, "cpu")]
-            assert_close(*losses, rtol=0.01, atol=0)
+            assert_close(*losses, rtol=0.05, atol=0)
             for suffix in (".pt2", ".pth"):
                 printed = run(evaluate.main, best, "--export", self.folder / f"network{suffix}")
                 self.assertIn("its outputs for 8 val images are the network's", printed)
@@ -1916,13 +1918,15 @@ class CudaTest(TrainerTestCase):
         process = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
              HERE / "train.py", *tiny(self.data, self.out, "--device", self.DEVICE, *RESNET18)],
-            capture_output=True, text=True)
+            capture_output=True, text=True, timeout=120)
         self.assertEqual(process.returncode, 0, process.stderr)
         self.assertIn(f"machine    {self.DEVICE}", process.stdout)
         self.assertEqual(len(read_log(self.out)), 1)
 
     def test_too_little_memory_is_said_in_one_line(self) -> None:
         self.addCleanup(torch.cuda.set_per_process_memory_fraction, 1.0)
+        gc.collect()
+        torch.cuda.empty_cache()
         left = torch.cuda.memory_reserved() + 2 ** 25  # less than a ResNet18's weights more
         torch.cuda.set_per_process_memory_fraction(left / torch.cuda.mem_get_info()[1])
         self.assert_errors(train.main, (("--device", self.DEVICE, *RESNET18, "--size", 224),
@@ -2167,7 +2171,9 @@ class EvaluationTest(ImagesTestCase):
                  "val_loss": 0.125, "train_acc": 1.0, "val_acc": 0.75, "lr": 0.1,
                  "exit_train_acc": {"layer2": 0.375}}
         second = first | {"epoch": 2, "val_loss": 100.0}
-        for log in ("", "damaged", json.dumps(first | {"lr": math.nan}),
+        for log in ("", "damaged", *(json.dumps(first | {key: value}) for key, value in (
+                        ("lr", math.nan), ("lr", -1.0), ("val_acc", None),
+                        ("val_loss", 10 ** 400))),
                     json.dumps(first) + "\n" + json.dumps(second) + "\n"):
             Path("log.jsonl").write_text(log)
             figures, _ = self.evaluate("best.pt", "--report", "new/folder", "--save-predictions",
@@ -2181,7 +2187,7 @@ class EvaluationTest(ImagesTestCase):
         # Epoch 1, the first of equal ones, is at the left of the losses, halfway in the accuracies.
         self.assertEqual(re.findall(r'class="best" x1="([\d.]+)"', html), ["50.0", "175.0", "50.0"])
         rights = round(figures["top1"] * 9)
-        self.assertIn(f"<b>{rights} of 9 ({100 * rights / 9:.3g} %)</b>right (top-1)", html)
+        self.assertIn(f"<b>{rights} of 9 ({100 * rights / 9:.1f} %)</b>right (top-1)", html)
         for row in self.read_table(Path("table.csv")):  # each of the nine, as right or as wrong
             self.assertIn("{}: label {label}, predicted {prediction} ({confidence:.2f})</".format(
                 Path(row["path"]).name, **row | {"confidence": float(row["confidence"])}), html)
@@ -2189,11 +2195,10 @@ class EvaluationTest(ImagesTestCase):
         self.assertFalse(re.search(r"<script|<link|https?:|src=\"(?!data:)", html))
 
     def test_the_axes_of_a_chart_end_at_round_figures(self) -> None:
-        for low, high, expected in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.82, 1, [0.8, 0.85, 0.9,
-                                    0.95, 1]), (0, 7.3, [0, 2, 4, 6, 8]), (0, 0.0042, [
-                                    0, 0.001, 0.002, 0.003, 0.004, 0.005]), (0, 5, [*range(6)])):
-            assert_close(torch.tensor(evaluate.ticks(low, high)), torch.tensor(expected).float(),
-                         check_dtype=False)
+        for low, high, expected in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 5, [*range(6)]),
+                                    (0.82, 1, [0.8, 0.85, 0.9, 0.95, 1]), (0, 7.3, [0, 2, 4, 6, 8]),
+                                    (0, 0.0042, [0, 0.001, 0.002, 0.003, 0.004, 0.005])):
+            assert_close(evaluate.ticks(low, high), [*map(float, expected)])
 
     def test_names_are_text_on_the_page(self) -> None:
         dataset = evaluate.ImageFolder(self.data / "train", val_transform(32, normalized=False))

@@ -430,7 +430,8 @@ class Trainer:
             if save:
                 self.save()
         progress.rewrite()
-        self.check_finite()
+        self.check_finite()  # which waits for the GPU
+        self.seconds = time.perf_counter() - start
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Take one step on a batch: images (N, H, W, 3) in uint8, labels (N)."""
@@ -462,7 +463,7 @@ class Trainer:
     def update_average(self) -> None:
         """Move the average towards the weights as they now are; counters are copied.
 
-        As AveragedModel does, which would make the CPU wait for the GPU at every step.
+        Like AveragedModel, but without waiting for the GPU at each step.
         """
         tensors = [[*module.parameters(), *module.buffers()]
                    for module in (self.average, self.distiller)]
@@ -969,6 +970,8 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     """Train, in a folder already claimed."""
     machine = Machine(args.device, args.precision, args.workers)
     refuse_shared_gpu(machine.device)
+    if machine.on_cuda:
+        torch.cuda.reset_peak_memory_stats(machine.device)
     train_set, val_set = open_splits(args.data, args.size, args.skip_unreadable, args.val_split)
     trainer = Trainer(args, machine, train_set, val_set, resumed=checkpoint is not None)
     if checkpoint:
@@ -998,7 +1001,7 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
         print(f"note: {remark}")
     print(f"best       val accuracy {trainer.best_acc:.4f} in epoch {trainer.best_epoch} (on "
           f"{len(val_set)} val images; ties go to the earlier epoch)")
-    memory = torch.cuda.max_memory_allocated() if machine.on_cuda else 0
+    memory = torch.cuda.max_memory_allocated(machine.device) if machine.on_cuda else 0
     print(f"time       {Progress.duration(trainer.elapsed())}"
           + f", GPU memory at most {memory / 2 ** 30:.2f} GiB" * machine.on_cuda)
     print(f"wrote      in {args.out}: best.pt (the best epoch, for use), last.pt (to resume), "
