@@ -97,7 +97,7 @@ def tiny(data: Path, out: Path, *arguments: object) -> list[str]:
     return [str(argument) for argument in
             ("--data", data, "--out", out, "--arch", "mobilenet_v3_small", "--size", 32,
              "--weights", "none", "--epochs", 1, "--batch-size", 8, "--workers", 0,
-             "--precision", "fp32", "--device", "cpu", *arguments)]
+             "--precision", "fp32", *arguments)]
 
 
 def run_training(data: Path, out: Path, *arguments: object) -> str:
@@ -1810,7 +1810,7 @@ class ProcessesTest(ImagesTestCase):
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                  "2", "--max-restarts", "1", HERE / "train.py",
                  *tiny(self.data, self.out, "--epochs", 10000, "--resume", "auto")],
-                stdout=output, stderr=output)
+                stdout=output, stderr=output, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
         self.addCleanup(process.wait)
         self.addCleanup(process.terminate)
         wait = partial(wait_for, log=log, is_alive=lambda: process.poll() is None)
