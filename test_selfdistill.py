@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import random
 import re
 import shutil
@@ -2289,6 +2290,15 @@ class EvaluationTest(ImagesTestCase):
         self.assertEqual(rest, "rest")
         assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         assert_close(model.state_dict(), before)
+
+    @unittest.skipUnless(platform.libc_ver()[0] == "glibc", "needs glibc")
+    def test_freed_memory_is_used_again_without_new_pages(self) -> None:
+        import resource
+        evaluate.Machine("cpu", "fp32")
+        torch.ones(2 ** 24)  # 64 MiB
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2 ** 24)
+        self.assertLess(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, 1000)
 
     def test_bf16_is_taken_where_the_cpu_has_it_and_the_checkpoint_was_not_in_fp32(self) -> None:
         args = evaluate.parse_args(["best.pt", "--device", "cpu"])
