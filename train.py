@@ -1252,7 +1252,7 @@ def make_parser() -> Parser:
                        help="go on from FILE (default: last.pt in --out), by default in its "
                        "folder; auto: from last.pt, or anew if there is none yet")
     group.add_argument("--save-every", type=number(float, 0), metavar="MINUTES",
-                       help="write last.pt so often, besides after each epoch (default: 10)")
+                       help="between saves of last.pt, beside those after each epoch (default: 10)")
     group.add_argument("--report", action=argparse.BooleanOptionalAction,
                        help="write report.html in --out, anew after each epoch: figures, charts "
                        "and images, to be watched in a browser")
@@ -1262,9 +1262,9 @@ def make_parser() -> Parser:
     group.add_argument("--skip-unreadable", action=argparse.BooleanOptionalAction,
                        help="leave out images that cannot be read, having tried all at the start")
     group = parser.add_argument_group("training")
-    group.add_argument("--recipe", choices=list(RECIPES), help="the defaults of the flags below "
-                       "(default: tuned; byot: Be Your Own Teacher; blog: the published "
-                       "walk-through)")
+    group.add_argument("--recipe", choices=list(RECIPES), help="the loss and how to train, "
+                       "unless a flag below says otherwise (default: tuned; byot: Be Your Own "
+                       "Teacher; blog: the published walk-through)")
     group.add_argument("--epochs", type=number(int, 1), metavar="N",
                        help="passes over the images (default: 5)")
     group.add_argument("--batch-size", type=number(int, 1), metavar="N", help="images a step, on "
@@ -1287,8 +1287,8 @@ def make_parser() -> Parser:
     group.add_argument("--seed", type=number(int, 0, LAST_SEED), metavar="N",
                        help="of weights, order and augmentation (default: 0)")
     group.add_argument("--compare", type=number(int, 2), metavar="N", help="train N pairs of runs, "
-                       "seeds from --seed on, with and without distillation, and tell what it "
-                       "gains, in compare.json; what was stopped goes on with --resume added")
+                       "seeds from --seed on, with and without distillation, and print what it "
+                       "gains (also in compare.json); to go on after a stop, add --resume")
     group.add_argument("--compare-arms", nargs="+", choices=list(ARMS), metavar="ARM",
                        help="of --compare: control (without distillation), labels (--hint 0 --soft "
                        "0), distillation (default: control distillation)")
