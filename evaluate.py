@@ -65,8 +65,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, is_upright, load_classifier, load_tensors,
                          normalize, pooled, to_rgb, val_transform)
 
-# First half: what train.py shares (messages, images, the machine, predictions, early exits, files,
-# the report). The script alone begins at "Second half".
+# First half: what train.py shares (messages, images, the machine, predictions, files, the report).
+# The script alone begins at "Second half".
 
 SIZES = (32, 2048)  # least and greatest height and width of an image, in pixels
 IMAGE_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe", ".gif",
@@ -391,7 +391,7 @@ class ImageFolder(datasets.ImageFolder):
 
     def keep(self, chosen: list[bool]) -> None:
         """Go on with some of the images only."""
-        self.samples = self.imgs = list(itertools.compress(self.samples, chosen))
+        self.samples = list(itertools.compress(self.samples, chosen))
         self.targets = [label for _, label in self.samples]
 
     def leave_out(self, paths: list[str]) -> None:
@@ -687,49 +687,6 @@ def wilson_interval(rights: int, count: int, z: float = 1.959964) -> list[float]
     return [(centre - spread) / (count + z ** 2), (centre + spread) / (count + z ** 2)]
 
 
-# Early exits
-
-wrap("pooled")  # a trace does not look inside
-
-
-class EarlyExit(nn.Module):
-    """A network up to one of its layers, and a linear classifier of the mean over the image.
-
-    Shape: images (N, 3, H, W) -> logits (N, K)
-    """
-
-    def __init__(self, model: nn.Module, layer: str, classifier: nn.Linear) -> None:
-        super().__init__()
-        self.extractor = create_feature_extractor(model, {layer: "features"})
-        self.classifier = classifier
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(pooled(self.extractor(images)["features"]))
-
-
-def build_exits(model: nn.Module, exits: dict[str, dict[str, Tensor]]) -> dict[str, nn.Module]:
-    """Build the early-exit networks of a checkpoint, keyed by layer.
-
-    Args:
-        model: the whole network.
-        exits: weight (K, C) and bias (K) of a linear classifier, by layer.
-
-    Raises:
-        ValueError: these are no classifiers of layers that the network can end at.
-    """
-    networks = {}
-    try:
-        for layer, state in exits.items():
-            classifier = nn.Linear(*state["weight"].T.shape)
-            classifier.load_state_dict(state)
-            # Traced, as a copy of what create_feature_extractor returns falls back to train mode.
-            networks[layer] = symbolic_trace(EarlyExit(model, layer, classifier).eval())
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"no early exit can be built: {textwrap.shorten(str(error), 200)}"
-                         ) from None
-    return networks
-
-
 # Checkpoints and files
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -779,9 +736,10 @@ def write_file(path: str | Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
         with contextlib.suppress(OSError):  # if the folder is the trouble, the first error tells
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 # The report
@@ -868,20 +826,6 @@ def report_html(title: str, checkpoint: dict, predictions: Predictions, dataset:
     return page.encode(errors="backslashreplace")
 
 
-def describe(summary: dict) -> list[str]:
-    """The figures of all classes together, in lines."""
-    low, high = summary["top1_interval"]
-    top5 = "" if summary["top5"] is None else f"  top-5 {summary['top5']:.4f}"
-    lines = [f"top-1 {summary['top1']:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}  "
-             f"loss {summary['loss']:.4f}  {summary['count']} images  "
-             f"{summary['images_per_second']:.1f} images/s",
-             f"macro F1 {summary['macro_f1']:.4f}  balanced accuracy (the classes' mean recall) "
-             f"{summary['balanced_accuracy']:.4f}"]
-    pairs = ["{label} taken for {prediction} {count}".format(**pair)
-             for pair in summary["most_confused"]]
-    return lines + ([f"most confused: {'; '.join(pairs)}"] if pairs else [])
-
-
 def confusion_matrix(predictions: Predictions, classes: int) -> Tensor:
     """Count images by label (rows) and prediction (columns): (classes, classes)."""
     cells = predictions.labels * classes + predictions.top[:, 0]
@@ -949,11 +893,11 @@ def training_charts(log: list[dict], start_acc: float | None) -> str:
             + line_chart("learning rate by epoch", lines(rate="lr"), best))
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, in at most `most` steps from `low` to `high`."""
-    tenth = 10.0 ** math.floor(math.log10((high - low) / most))
+def ticks(low: float, high: float) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, in at most five steps from `low` to `high`."""
+    tenth = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = next(step for step in (tenth, 2 * tenth, 5 * tenth, 10 * tenth)
-                if high - low <= most * step)
+                if high - low <= 5 * step)
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     return [k * step for k in range(first, last + 1)]
 
@@ -1033,6 +977,47 @@ def heat_map(matrix: Tensor, classes: list[str]) -> str:
 
 
 # Second half: the script
+
+wrap("pooled")  # a trace does not look inside
+
+
+class EarlyExit(nn.Module):
+    """A network up to one of its layers, and a linear classifier of the mean over the image.
+
+    Shape: images (N, 3, H, W) -> logits (N, K)
+    """
+
+    def __init__(self, model: nn.Module, layer: str, classifier: nn.Linear) -> None:
+        super().__init__()
+        self.extractor = create_feature_extractor(model, {layer: "features"})
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(pooled(self.extractor(images)["features"]))
+
+
+def build_exits(model: nn.Module, exits: dict[str, dict[str, Tensor]]) -> dict[str, nn.Module]:
+    """Build the early-exit networks of a checkpoint, keyed by layer.
+
+    Args:
+        model: the whole network.
+        exits: weight (K, C) and bias (K) of a linear classifier, by layer.
+
+    Raises:
+        ValueError: these are no classifiers of layers that the network can end at.
+    """
+    networks = {}
+    try:
+        for layer, state in exits.items():
+            classifier = nn.Linear(*state["weight"].T.shape)
+            classifier.load_state_dict(state)
+            # Traced, as a copy of what create_feature_extractor returns falls back to train mode.
+            networks[layer] = symbolic_trace(EarlyExit(model, layer, classifier).eval())
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"no early exit can be built: {textwrap.shorten(str(error), 200)}"
+                         ) from None
+    return networks
+
 
 EXPORTS = (".pt2", ".onnx", ".pth")
 
@@ -1149,7 +1134,16 @@ def print_summary(summary: dict) -> None:
     for name, row in summary["per_class"].items():
         print(f"{name:{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:.4f}  "
               f"{row['correct']:7d}  {row['count']:5d}")
-    print(*describe(summary), sep="\n")
+    low, high = summary["top1_interval"]
+    top5 = "" if summary["top5"] is None else f"  top-5 {summary['top5']:.4f}"
+    print(f"top-1 {summary['top1']:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}  "
+          f"loss {summary['loss']:.4f}  {summary['count']} images  "
+          f"{summary['images_per_second']:.1f} images/s")
+    print(f"macro F1 {summary['macro_f1']:.4f}  balanced accuracy (the classes' mean recall) "
+          f"{summary['balanced_accuracy']:.4f}")
+    if summary["most_confused"]:
+        print("most confused:", "; ".join("{label} taken for {prediction} {count}".format(**pair)
+                                          for pair in summary["most_confused"]))
 
 
 def read_log(checkpoint: Path) -> list[dict]:

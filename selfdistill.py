@@ -168,12 +168,16 @@ class HookedModel(nn.Module):
             raise ValueError("student_layer is an empty sequence")
         self.teacher_layer = teacher_layer
         self.layer_names = (*self.student_layers, teacher_layer)
-        layers = {name: _find_layer(model, name) for name in self.layer_names}
+        layers = {name: layer for name, layer in model.named_modules() if name}
+        for name in self.layer_names:
+            if name not in layers:
+                raise ValueError(f"no layer {name!r} in {type(model).__name__}; "
+                                 + _did_you_mean(name, list(layers)))
         self.model = model
         self._features: dict[int, dict[str, tuple]] = {}  # by thread, while it is in forward
         # partial, not a lambda: copy.deepcopy then ties a copy's hooks to the copy.
-        self._handles = [layer.register_forward_hook(partial(self._record, name))
-                         for name, layer in layers.items()]
+        self._handles = [layers[name].register_forward_hook(partial(self._record, name))
+                         for name in dict.fromkeys(self.layer_names)]
 
     def _record(self, name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         features = self._features.get(_thread())
@@ -201,17 +205,13 @@ class HookedModel(nn.Module):
         *students, teacher = features
         return logits, tuple(students) if self.several else students[0], teacher
 
-    def dry_run(self, size: int = 224) -> tuple[Tensor, Tensor | tuple[Tensor, ...], Tensor]:
-        """Forward two black images of `size` pixels, in eval mode; the network stays as it is."""
-        return _dry_run(self, size)
-
     def feature_channels(self, size: int = 224) -> tuple[int | tuple[int, ...], int]:
         """Channels of the student and teacher features, as SelfDistillationLoss takes them.
 
         Raises:
             ValueError: a layer gives neither maps nor tokens.
         """
-        _, students, teacher = self.dry_run(size)
+        _, students, teacher = dry_run(self, size)
         channels = []
         for name, features in zip(self.layer_names, (*as_tuple(students), teacher)):
             if not (_is_map(features) or _is_tokens(features)) or len(features) != 2:
@@ -255,26 +255,18 @@ def pooled(features: Tensor) -> Tensor:
     return _channels_first(features).mean(dim=(2, 3) if features.ndim == 4 else 1)
 
 
-def _find_layer(model: nn.Module, name: str) -> nn.Module:
-    layers = dict(model.named_modules())
-    if not name or name not in layers:
-        raise ValueError(f"no layer {name!r} in {type(model).__name__}; "
-                         + _did_you_mean(name, list(layers)[1:]))
-    return layers[name]
-
-
 def _did_you_mean(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:5]
     return f"did you mean one of {', '.join(close)}?"
 
 
 @torch.no_grad()
-def _dry_run(network: nn.Module, size: int) -> object:
+def dry_run(network: nn.Module, size: int = 224) -> object:
+    """Forward two black images of `size` pixels, in eval mode; the network stays as it is."""
     training = {module: module.training for module in network.modules()}
     network.eval()  # in training mode it would move the batch norms' statistics
-    like = next(network.parameters())
     try:
-        return network(torch.zeros(2, 3, size, size, device=like.device, dtype=like.dtype))
+        return network(next(network.parameters()).new_zeros(2, 3, size, size))
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -323,7 +315,7 @@ def find_layers(model: nn.Module, size: int = 224,
     handles = [module.register_forward_hook(partial(record, name))
                for name, module in modules.items()]
     try:
-        _dry_run(model, size)
+        dry_run(model, size)
     finally:
         for handle in handles:
             handle.remove()
@@ -623,8 +615,7 @@ class SelfDistillationLoss(nn.Module):
 
 
 def _check_channels(name: str, features: Tensor, channels: int) -> None:
-    if not (features.ndim == 4 and features.shape[1] == channels
-            or features.ndim == 3 and features.shape[2] == channels):
+    if features.ndim not in (3, 4) or _as_map(features).shape[1] != channels:
         raise ValueError(f"{name} features must have the shape (N, {channels}, H, W) or "
                          f"(N, L, {channels}), got {tuple(features.shape)}")
 

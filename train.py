@@ -60,8 +60,8 @@ from torchvision import datasets
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss, as_tuple,
-                         find_classifier, hooked_classifier, load_tensors, pooled, train_transform,
-                         val_transform)
+                         dry_run, find_classifier, hooked_classifier, load_tensors, pooled,
+                         train_transform, val_transform)
 
 # Settings
 
@@ -752,7 +752,7 @@ class Trainer:
                 args.alpha, *self.hooked.feature_channels(args.size), recipe["detach_teacher"],
                 recipe["normalize"], hint=args.hint, labels=args.labels, soft=args.soft,
                 num_classes=len(self.classes), label_smoothing=recipe["label_smoothing"])
-            logits, students, teacher = self.hooked.dry_run(args.size)
+            logits, students, teacher = dry_run(self.hooked, args.size)
             self.criterion(logits, logits.argmax(dim=1), students, teacher)
             has_exits = self.distills and self.criterion.classifiers
             self.exit_layers = self.hooked.student_layers if has_exits else ()
