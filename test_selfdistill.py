@@ -1382,6 +1382,7 @@ class ComparisonTest(ImagesTestCase):
             (("--no-distillation",), both), (("--alpha", 0), both),
             (("--resume", "other/last.pt"), both), (("--compare-arms", "control"), arms),
             (("--seed", 2 ** 32 - 1), "beyond the last seed, 4294967295"),
+            (("--hint", 1, "--labels", 0, "--compare-arms", *train.ARMS), "and --soft are all 0"),
             (("--compare-arms", "labels", "distillation"), arms))))
 
 

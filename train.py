@@ -29,7 +29,6 @@ import json
 import math
 import random
 import shlex
-import shutil
 import signal
 import statistics
 import tempfile
@@ -145,7 +144,7 @@ def on_rank_zero(function: Callable, *arguments: object) -> object:
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
     """Let one process of each machine go ahead, to draw or download what the others will find."""
-    is_first = not dist.is_initialized() or dist.get_node_local_rank() == 0
+    is_first = dist.get_node_local_rank(fallback_rank=0) == 0
     if not is_first:
         gather([])
     yield
@@ -204,7 +203,8 @@ def open_splits(data: str | None, size: int, skip_unreadable: bool,
     with local_rank_zero_first():
         splits = find_data(data)
     if len(splits) == 2 and val_split:
-        raise UserError(f"--val-split {val_split} is for a folder without val/: {data} has one")
+        raise UserError(f"--val-split {val_split} is for a folder without val/: "
+                        f"{splits['val'].parent} has one")
     parts = [ImageFolder(folder.absolute(), val_transform(size, normalized=False))
              for folder in splits.values()]
     for images in parts:
@@ -215,8 +215,8 @@ def open_splits(data: str | None, size: int, skip_unreadable: bool,
         return split_off(parts[0], val_split or VAL_SPLIT)
     unmatched = sorted(set(parts[0].classes) ^ set(parts[1].classes))
     if unmatched:
-        raise UserError(f"the classes of train/ and val/ in {data} differ: only one of them has "
-                        f"{shorten(unmatched)}")
+        raise UserError(f"the classes of train/ and val/ in {splits['val'].parent} differ: only "
+                        f"one of them has {shorten(unmatched)}")
     return tuple(parts)
 
 
@@ -235,14 +235,22 @@ def find_data(data: str | None) -> dict[str, Path]:
     return splits
 
 
+@contextlib.contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """Yield a path to make a folder at, which becomes `folder` once it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        yield Path(temporary, folder.name)
+        if not folder.exists():  # else another run was first
+            Path(temporary, folder.name).rename(folder)
+
+
 def download_imagenette(folder: Path) -> None:
     """Imagenette from its publisher, checked and unpacked by torchvision, whole or not at all."""
     print(f"downloading {folder.name} to {folder} …", flush=True)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as temporary:
-            datasets.Imagenette(temporary, size=IMAGENETTES[folder.name], download=True)
-            Path(temporary, folder.name).rename(folder)
+        with made_whole(folder) as temporary:
+            datasets.Imagenette(temporary.parent, size=IMAGENETTES[folder.name], download=True)
     except (OSError, RuntimeError) as error:
         url = f"https://s3.amazonaws.com/fast-ai-imageclas/{folder.name}.tgz"
         raise UserError(f"cannot download {folder.name} ({error}): fetch {url} and unpack it "
@@ -318,18 +326,16 @@ class Distiller(nn.Module):
         hooked: the hooked network.
         criterion: the loss; it is computed in fp32.
         machine: its precision is the network's.
-        distill: False trains on the cross-entropy alone. Default: True
 
     Shape:
         - images: (N, 3, H, W); labels: (N)
         - returns logits (N, K), the terms of the loss, and early logits (N, K), one a layer
     """
 
-    def __init__(self, hooked: HookedModel, criterion: SelfDistillationLoss, machine: Machine,
-                 distill: bool = True) -> None:
+    def __init__(self, hooked: HookedModel, criterion: SelfDistillationLoss,
+                 machine: Machine) -> None:
         super().__init__()
-        self.hooked, self.criterion = hooked, criterion
-        self.machine, self.distill = machine, distill
+        self.hooked, self.criterion, self.machine = hooked, criterion, machine
 
     def forward(self, images: Tensor,
                 labels: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
@@ -338,10 +344,7 @@ class Distiller(nn.Module):
         logits, teacher = logits.float(), teacher.float()
         students = [features.float() for features in as_tuple(students)]
         early = self.criterion.early_logits(students)
-        terms = self.criterion.terms(logits, labels, students, teacher, early)
-        if not self.distill:
-            return logits, {"cross_entropy": terms["cross_entropy"]}, []
-        return logits, terms, early
+        return logits, self.criterion.terms(logits, labels, students, teacher, early), early
 
 
 class Trainer:
@@ -378,17 +381,13 @@ class Trainer:
         self.log: list[dict] = []  # a line for each of them
         self.best_epoch, self.best_acc = -1, -1.0
         self.start_acc = -1.0  # val accuracy of epoch 0, of the classifiers fitted
-        self.earlier, self.began = 0.0, time.monotonic()  # seconds before a resume; now
+        self.began = time.monotonic()  # earlier by the seconds before a resume
         self.start_epoch()
 
     def start_epoch(self) -> None:
         self.batch = 0  # batches of this epoch already trained on
         self.seconds = 0.0  # spent on them
         self.totals = torch.zeros(len(self.figures), device=self.machine.device)
-
-    def elapsed(self) -> float:
-        """Seconds since training began, those before a resume included."""
-        return self.earlier + time.monotonic() - self.began
 
     def fit(self) -> int:
         """Train for the epochs that are left. Returns the signal that stopped it, or 0."""
@@ -401,8 +400,7 @@ class Trainer:
             self.print_row(*self.HEADER)
             while self.epoch < self.args.epochs and not self.stop:
                 self.train_epoch()
-                predictions = None if self.stop else self.validate()
-                if predictions:
+                if not self.stop and (predictions := self.validate()):
                     self.finish_epoch(predictions)
             self.attend_to_signals()
             if self.epoch < self.args.epochs:
@@ -600,12 +598,11 @@ class Trainer:
         *students, teacher, last = features.split(
             [*criterion.student_channels, criterion.teacher_channels, self.head.in_features], dim=1)
         fit_logistic_regression(self.head, last, labels)
-        if self.distills:
-            adapters = [layer for layer in criterion.modules() if isinstance(layer, nn.Conv2d)]
-            for classifier, means in zip(criterion.classifiers, students):
-                fit_logistic_regression(classifier, means, labels)
-            for adapter, means in zip(adapters, students):
-                fit_adapter(adapter, teacher, means)
+        for classifier, means in zip(criterion.classifiers, students):
+            fit_logistic_regression(classifier, means, labels)
+        adapters = [layer for layer in criterion.modules() if isinstance(layer, nn.Conv2d)]
+        for adapter, means in zip(adapters, students):
+            fit_adapter(adapter, teacher, means)
         self.average.load_state_dict(self.distiller.state_dict())
         predictions = self.validate()
         if predictions:
@@ -655,17 +652,18 @@ class Trainer:
             "teacher_layer": self.hooked.teacher_layer}
         last_acc = self.log[-1]["val_acc"] if self.log else self.best_acc
         started = {"start_acc": self.start_acc} if self.start_acc >= 0 else {}
-        exits = {"exits": self.exits()} if self.exit_layers else {}
+        exits = {layer: classifier.state_dict() for layer, classifier
+                 in zip(self.exit_layers, self.result.criterion.classifiers)}
         return {"model": self.result.hooked.model.state_dict(), "arch": args.arch,
                 "classes": self.classes, "names": self.names, "size": args.size,
                 "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "epoch": self.epoch,
                 "val_acc": max(0.0, last_acc), "data": self.data, "args": settings,
-                **started, **exits}
+                **started, **({"exits": exits} if exits else {})}
 
     def state_dict(self) -> dict:
         return ({name: part.state_dict() for name, part in self.parts().items()}
                 | {name: getattr(self, name) for name in self.COUNTERS}
-                | {"data": self.fingerprints, "elapsed": self.elapsed()})
+                | {"data": self.fingerprints, "elapsed": time.monotonic() - self.began})
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in self.parts().items():
@@ -674,7 +672,7 @@ class Trainer:
             if type(state[name]) is not type(getattr(self, name)):
                 raise TypeError(f"{name} is a {type(state[name]).__name__}")
             setattr(self, name, state[name])
-        self.earlier = float(state["elapsed"])
+        self.began -= float(state["elapsed"])
         if len(self.totals) != len(self.figures):
             raise ValueError("other figures")
         self.totals = self.totals.to(self.machine.device)
@@ -683,11 +681,6 @@ class Trainer:
         parts = {"distiller": self.distiller, "optimizer": self.optimizer,
                  "scheduler": self.scheduler, "scaler": self.scaler}
         return parts | ({"average": self.average} if self.average else {})
-
-    def exits(self) -> dict[str, dict[str, Tensor]]:
-        """Weight and bias of each early classifier that is trained, by layer."""
-        return {layer: classifier.state_dict() for layer, classifier
-                in zip(self.exit_layers, self.result.criterion.classifiers)}
 
     def restore(self, checkpoint: dict) -> None:
         """Go on from a last.pt, provided that the data are still the same."""
@@ -746,30 +739,29 @@ class Trainer:
                                   args.teacher_layer, recipe["students"])
         self.model = self.hooked.model
         self.head = self.model.get_submodule(find_classifier(self.model))
-        self.distills = args.distillation and args.alpha > 0
+        distills = args.distillation and args.alpha > 0
+        terms = {name: getattr(args, name) if distills else 0.0
+                 for name in ("hint", "labels", "soft")}
         try:
             self.criterion = SelfDistillationLoss(
                 args.alpha, *self.hooked.feature_channels(args.size), recipe["detach_teacher"],
-                recipe["normalize"], hint=args.hint, labels=args.labels, soft=args.soft,
-                num_classes=len(self.classes), label_smoothing=recipe["label_smoothing"])
+                recipe["normalize"], **terms, num_classes=len(self.classes),
+                label_smoothing=recipe["label_smoothing"])
             logits, students, teacher = dry_run(self.hooked, args.size)
             self.criterion(logits, logits.argmax(dim=1), students, teacher)
-            has_exits = self.distills and self.criterion.classifiers
-            self.exit_layers = self.hooked.student_layers if has_exits else ()
-            if has_exits:
+            self.exit_layers = self.hooked.student_layers if self.criterion.classifiers else ()
+            if self.exit_layers:
                 create_feature_extractor(self.model, list(self.exit_layers))  # as EarlyExit does
         except (ValueError, RuntimeError, AssertionError) as error:
             raise UserError(f"{args.arch} cannot be trained at --size {args.size} by --recipe "
                             f"{args.recipe}: {textwrap.shorten(str(error), 200)}") from None
         for name, parameter in self.criterion.named_parameters():
-            is_trained = recipe["train_adapter"] or not name.startswith("adapter")
-            parameter.requires_grad_(self.distills and is_trained)
-        self.weights = {name: weight for name, weight in self.criterion.weights.items()
-                        if self.distills or name == "cross_entropy"}
+            parameter.requires_grad_(recipe["train_adapter"] or not name.startswith("adapter"))
+        self.weights = self.criterion.weights
         self.figures = ("images", *self.weights, "train_acc", *self.exit_layers)
         if self.machine.on_cuda and world_size() > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.hooked)
-        self.distiller = Distiller(self.hooked, self.criterion, self.machine, self.distills)
+        self.distiller = Distiller(self.hooked, self.criterion, self.machine)
         self.distiller.to(device, memory_format=torch.channels_last)
         self.forward = torch.compile(self.distiller) if args.compile else self.distiller
         if dist.is_initialized():
@@ -784,7 +776,7 @@ class Trainer:
                    "weight_decay": recipe["weight_decay"] if is_matrix else 0.0}
                   for is_matrix in (True, False)]
         is_fp16 = self.machine.precision == "fp16"
-        lr = recipe["lr"] if self.args.lr is None else self.args.lr
+        self.lr = lr = recipe["lr"] if self.args.lr is None else self.args.lr
         # Fused, a first step that fp16's scaler skips would leave the momentum uninitialised.
         self.optimizer = SGD(groups, lr=lr, momentum=0.9, nesterov=recipe["nesterov"],
                              fused=not is_fp16)
@@ -983,7 +975,7 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     print(f"machine    {machine.device}, {machine.precision}, {machine.workers} workers"
           + (f" for each of {world_size()} processes" if dist.is_initialized() else ""))
     print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr "
-          f"{'by epoch 0' if args.lr is None else format(args.lr, 'g')}, "
+          f"{'by epoch 0' if args.lr is None and trainer.average else f'{trainer.lr:g}'}, "
           f"loss {' + '.join(f'{weight:g} {name}' for name, weight in trainer.weights.items())}, "
           f"seed {args.seed}", flush=True)
     if checkpoint:
@@ -1002,7 +994,7 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     print(f"best       val accuracy {trainer.best_acc:.4f} in epoch {trainer.best_epoch} (on "
           f"{len(val_set)} val images; ties go to the earlier epoch)")
     memory = torch.cuda.max_memory_allocated(machine.device) if machine.on_cuda else 0
-    print(f"time       {Progress.duration(trainer.elapsed())}"
+    print(f"time       {Progress.duration(time.monotonic() - trainer.began)}"
           + f", GPU memory at most {memory / 2 ** 30:.2f} GiB" * machine.on_cuda)
     print(f"wrote      in {args.out}: best.pt (the best epoch, for use), last.pt (to resume), "
           f"log.jsonl (figures){', report.html' * args.report}")
@@ -1030,6 +1022,8 @@ def compare(given: dict) -> int:
     if not {"control", "distillation"} <= set(args.compare_arms):
         raise UserError(f"--compare-arms {' '.join(args.compare_arms)}: control and distillation "
                         "must be among them")
+    for arm in args.compare_arms:
+        settle(given | ARMS[arm] | {"resume": None})  # to refuse it before the first run
     if args.seed + args.compare - 1 > LAST_SEED:
         raise UserError(f"--compare {args.compare} from --seed {args.seed} goes beyond the last "
                         f"seed, {LAST_SEED}")
@@ -1072,17 +1066,16 @@ def outcome(out: Path) -> tuple[float, str, float]:
 
 def paired_statistics(runs: list[dict], arms: list[str]) -> dict:
     """Mean and deviation of each arm, and of the paired differences with a 95 % t-interval."""
-    figures = {"runs": runs, "arms": {}, "differences": {}}
-    for arm in arms:
-        values = [run[arm] for run in runs]
-        figures["arms"][arm] = {"mean": statistics.mean(values),
-                                "deviation": statistics.stdev(values)}
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"mean": statistics.mean(values), "deviation": statistics.stdev(values)}
+
+    figures = {"runs": runs, "arms": {arm: spread([run[arm] for run in runs]) for arm in arms},
+               "differences": {}}
     for first, second in itertools.combinations(arms, 2):
-        values = [run[second] - run[first] for run in runs]
-        mean, deviation = statistics.mean(values), statistics.stdev(values)
-        half = t_quantile(len(runs) - 1) * deviation / math.sqrt(len(runs))
-        figures["differences"][f"{second} - {first}"] = {
-            "mean": mean, "deviation": deviation, "interval": [mean - half, mean + half]}
+        gain = spread([run[second] - run[first] for run in runs])
+        half = t_quantile(len(runs) - 1) * gain["deviation"] / math.sqrt(len(runs))
+        figures["differences"][f"{second} - {first}"] = gain | {
+            "interval": [gain["mean"] - half, gain["mean"] + half]}
     return figures
 
 
@@ -1147,7 +1140,7 @@ def check(args: argparse.Namespace) -> int:
         problems["classes of one image, too few to split off val"] = sorted(
             name for name, count in different.items() if count == 1)
     for group in copies.values():
-        splits, names, paths = map(list, zip(*group))
+        splits, names, paths = zip(*group)
         for kind, what, found in (
                 (problems, "images in both train/ and val/, which flatter val accuracy",
                  len(set(splits)) > 1),
@@ -1191,16 +1184,14 @@ SHAPES: dict[str, Callable[[float], float]] = {
 def draw_shapes(folder: Path, train: int = 350, val: int = 50) -> None:
     """Write the embedded data set, train/ and val/ with so many images a class, or nothing."""
     print(f"drawing the embedded data set in {folder} …", flush=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for split, count in (("train", train), ("val", val)):
-            for name in SHAPES:
-                (temporary / split / name).mkdir(parents=True)
-                for k in range(count):
-                    image = draw_shape(name, random.Random(f"{split}/{name}/{k}"))
-                    image.save(temporary / split / name / f"{k:03d}.png")
-        temporary.rename(folder)
+        with made_whole(folder) as temporary:
+            for split, count in (("train", train), ("val", val)):
+                for name in SHAPES:
+                    (temporary / split / name).mkdir(parents=True)
+                    for k in range(count):
+                        image = draw_shape(name, random.Random(f"{split}/{name}/{k}"))
+                        image.save(temporary / split / name / f"{k:03d}.png")
     except OSError as error:
         raise UserError(f"cannot write the embedded data set to {folder}: {error.strerror}; run "
                         "in a folder of your own, or give --data") from None
@@ -1316,9 +1307,7 @@ def settle(given: dict) -> tuple[argparse.Namespace, dict | None]:
 
     The settings of a checkpoint come before the defaults, and flags before both.
     """
-    checkpoint = None
-    if given.get("resume") is not None:
-        checkpoint = on_rank_zero(read_resumed, given)
+    checkpoint = None if given.get("resume") is None else on_rank_zero(read_resumed, given)
     if checkpoint:
         path = resumed_path(given["resume"], given.get("out", "."))
         saved = vars(make_parser().parse_args(as_flags(
@@ -1375,7 +1364,7 @@ def read_resumed(given: dict) -> dict | None:
 
 
 def refuse_contradictions(given: dict, saved: dict) -> None:
-    """Where a run may not change between its parts."""
+    """Refuse flags that contradict the run to resume; print what a higher --epochs changes."""
     for name in given.keys() - set(CHANGEABLE):
         if given[name] != saved.get(name) and (name, given[name]) != ("precision", "auto"):
             raise UserError(f"--{name.replace('_', '-')} {given[name]} contradicts the run to "
