@@ -79,7 +79,7 @@ TUNED = dict(
     alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
     detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
     weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
-    scratch=dict(lr=0.1, batch_size=32, crop_scale=(0.6, 1.0), fine_tune=False))
+    scratch=dict(lr=0.1, batch_size=32, fine_tune=False))
 RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
@@ -651,14 +651,15 @@ class Trainer:
             "student_layer": list(self.hooked.student_layers),
             "teacher_layer": self.hooked.teacher_layer}
         last_acc = self.log[-1]["val_acc"] if self.log else self.best_acc
-        started = {"start_acc": self.start_acc} if self.start_acc >= 0 else {}
-        exits = {layer: classifier.state_dict() for layer, classifier
-                 in zip(self.exit_layers, self.result.criterion.classifiers)}
-        return {"model": self.result.hooked.model.state_dict(), "arch": args.arch,
-                "classes": self.classes, "names": self.names, "size": args.size,
-                "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "epoch": self.epoch,
-                "val_acc": max(0.0, last_acc), "data": self.data, "args": settings,
-                **started, **({"exits": exits} if exits else {})}
+        optional = {"start_acc": self.start_acc} if self.start_acc >= 0 else {}
+        if self.exit_layers:
+            optional["exits"] = {layer: classifier.state_dict() for layer, classifier
+                                 in zip(self.exit_layers, self.result.criterion.classifiers)}
+        return optional | {
+            "model": self.result.hooked.model.state_dict(), "arch": args.arch,
+            "classes": self.classes, "names": self.names, "size": args.size,
+            "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "epoch": self.epoch,
+            "val_acc": max(0.0, last_acc), "data": self.data, "args": settings}
 
     def state_dict(self) -> dict:
         return ({name: part.state_dict() for name, part in self.parts().items()}
