@@ -79,7 +79,7 @@ TUNED = dict(
     alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
     detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
     weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
-    scratch=dict(lr=0.1, batch_size=32, fine_tune=False))
+    scratch=dict(lr=0.1, batch_size=32, crop_scale=(0.6, 1.0), fine_tune=False))
 RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
