@@ -2301,7 +2301,7 @@ class EvaluationTest(ImagesTestCase):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(2 ** 24)  # 64 MiB
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        self.assertLess(min(faults), 2 ** 26 / resource.getpagesize() / 4)
+        self.assertLess(min(faults), 1000)  # of 16,384 pages
 
     def test_bf16_is_taken_where_the_cpu_has_it_and_the_checkpoint_was_not_in_fp32(self) -> None:
         args = evaluate.parse_args(["best.pt", "--device", "cpu"])
