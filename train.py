@@ -133,6 +133,12 @@ def gather(values: list) -> list:
     return list(itertools.chain.from_iterable(lists))
 
 
+def broadcast(module: nn.Module) -> None:
+    """Give all processes the parameters and buffers that the first has."""
+    for tensor in module.state_dict().values() if dist.is_initialized() else ():
+        dist.broadcast(tensor, src=0)
+
+
 def on_rank_zero(function: Callable, *arguments: object) -> object:
     """Call a function in the process of rank 0 only; return its value in all."""
     values = [function(*arguments) if rank() == 0 else None]
@@ -488,10 +494,7 @@ class Trainer:
     def validate(self) -> Predictions | None:
         """Predict the val images, in the order of the folder; None if asked to stop."""
         start = time.perf_counter()
-        if dist.is_initialized():
-            # Processes differ in batch norm's statistics, and by rounding in their averages.
-            for tensor in self.result.state_dict().values():
-                dist.broadcast(tensor, src=0)
+        broadcast(self.result)  # batch norm's statistics differ, and averages by rounding
         columns = self.run_through(fuse(self.result.hooked.model.eval()), self.val_loader,
                                    Predictions.columns, "validating: images")
         if columns is None:
@@ -603,6 +606,7 @@ class Trainer:
         adapters = [layer for layer in criterion.modules() if isinstance(layer, nn.Conv2d)]
         for adapter, means in zip(adapters, students):
             fit_adapter(adapter, teacher, means)
+        broadcast(self.distiller)  # as machines may round differently
         self.average.load_state_dict(self.distiller.state_dict())
         predictions = self.validate()
         if predictions:
