@@ -638,7 +638,7 @@ class Predictions(NamedTuple):
     @staticmethod
     def columns(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """The columns above for logits (N, K) and labels (N), on the device of the logits."""
-        labels = labels.to(logits.device, non_blocking=True)
+        labels = labels.to(logits.device, non_blocking=logits.is_cuda)
         losses = F.cross_entropy(logits, labels, reduction="none")
         probabilities, top = best_classes(logits)
         return labels, losses, top, probabilities

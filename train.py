@@ -858,7 +858,8 @@ def fit_adapter(adapter: nn.Conv2d, inputs: Tensor, targets: Tensor) -> None:
     mean, target_mean = inputs.mean(dim=0), targets.mean(dim=0)
     gram = (inputs - mean).T @ (inputs - mean)
     gram.diagonal().add_(0.1 * gram.diagonal().mean() + 1e-6)
-    weight = torch.linalg.solve(gram, (inputs - mean).T @ (targets - target_mean))  # (C, D)
+    products = (inputs - mean).T @ (targets - target_mean)
+    weight = torch.linalg.solve(gram.cpu(), products.cpu()).to(mean)  # (C, D); MPS may lack it
     adapter.weight.copy_(weight.T[:, :, None, None])
     adapter.bias.copy_(target_mean - mean @ weight)
 
