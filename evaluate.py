@@ -5,8 +5,9 @@
     python evaluate.py best.pt --predict photo.jpg     # instead: the classes of other images
     python evaluate.py best.pt --export network.pt2    # instead: the network for other programs
 
-needs nothing else: the data, image size, batch size and precision are in the checkpoint, and the
-figures equal those that train.py logged for its epoch. For another folder's `val/`: `--data DIR`.
+needs nothing else: the data, image size, batch size and precision are in the checkpoint, and on the
+machine of training the figures equal those that train.py logged for its epoch. For another folder's
+`val/`: `--data DIR`.
 """
 import os
 import sys
@@ -1080,8 +1081,12 @@ def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
 
 
 def open_machine(args: argparse.Namespace, checkpoint: dict) -> Machine:
-    as_trained = "fp32" if checkpoint["args"]["precision"] == "fp32" else "auto"
-    return Machine(args.device or "auto", args.precision or as_trained, args.workers)
+    """The machine asked for; in the precision of training, where that is fast here."""
+    machine = Machine(args.device or "auto", args.precision or "auto", args.workers)
+    trained_in = checkpoint["args"]["precision"]
+    if not args.precision and (trained_in == "fp32" or trained_in == "fp16" and machine.on_cuda):
+        machine.precision = trained_in
+    return machine
 
 
 def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
