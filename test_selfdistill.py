@@ -1797,7 +1797,7 @@ class ProcessesTest(ImagesTestCase):
                 (("--batch-size", 9), *["--batch-size 9 cannot be split evenly among 2 processes: "
                                         "use a multiple of 2"] * 2),
                 (("--size", 32, "--batch-size", 2), *["leaves a process 1 images, too few"] * 2),
-                (("--workers", 1), "cannot read the image .*3.png", "has lost the others")):
+                (("--workers", 1), "cannot read the image .*3.png", "cannot reach the others")):
             with self.subTest(flags):
                 processes = self.start_group(2, "out", *flags)
                 self.finish(processes, code=1)
@@ -2363,6 +2363,17 @@ class BadInputTest(ImagesTestCase):
             (("--labels", 0, "--hint", 0), "--hint, --labels and --soft are all 0"),
             (("--recipe", "blog", "--hint", 0), "use --no-distillation"))
         self.assert_errors(evaluate.main, (("best.pt", "--batch-size", 0), "--batch-size"))
+
+    def test_processes_train_together_on_cpus_or_gpus_of_their_own_alone(self) -> None:
+        with (mock.patch.object(train.dist, "is_initialized", return_value=True),
+              mock.patch.object(train.dist, "get_rank", return_value=1),
+              mock.patch.object(train.dist, "get_node_local_rank", return_value=1)):
+            train.refuse_unfit_device(torch.device("cpu"))
+            train.refuse_unfit_device(torch.device("cuda:1"))
+            for device, message in (("mps", "not on mps: use --device cpu"),
+                                    ("cuda:0", "process 1 has no GPU of its own")):
+                with self.assertRaisesRegex(evaluate.UserError, message):
+                    train.refuse_unfit_device(torch.device(device))
 
     def test_data_that_is_missing_or_incomplete(self) -> None:
         self.data = write_images(self.folder / "images", train_count=2, val_count=1)

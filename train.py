@@ -193,11 +193,12 @@ def process_group() -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            if (not isinstance(error, dist.DistError) and "gloo" not in str(error)
+                    or "out of memory" in str(error)):
                 raise
             reason = str(error).partition(". ")[0]
-            raise UserError(f"process {rank()} has lost the others; one of them tells why, or was "
-                            f"killed ({reason})") from None
+            raise UserError(f"process {rank()} cannot reach the others ({reason}); if one of them "
+                            "has failed or was killed, look there first") from None
     dist.destroy_process_group()
 
 
@@ -967,7 +968,7 @@ def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
 def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     """Train, in a folder already claimed."""
     machine = Machine(args.device, args.precision, args.workers)
-    refuse_shared_gpu(machine.device)
+    refuse_unfit_device(machine.device)
     if machine.on_cuda:
         torch.cuda.reset_peak_memory_stats(machine.device)
     train_set, val_set = open_splits(args.data, args.size, args.skip_unreadable, args.val_split)
@@ -1009,9 +1010,14 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     return 128 + stop if stop and args.compare else 0  # a signal that came too late for this run
 
 
-def refuse_shared_gpu(device: torch.device) -> None:
-    if (device.type == "cuda" and dist.is_initialized()
-            and device.index != dist.get_node_local_rank()):
+def refuse_unfit_device(device: torch.device) -> None:
+    """Refuse what several processes cannot train on."""
+    if not dist.is_initialized():
+        return
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"several processes train on CUDA or on the CPU, not on {device.type}: use "
+                        "--device cpu, or go without torchrun")
+    if device.type == "cuda" and device.index != dist.get_node_local_rank():
         raise UserError(f"process {rank()} has no GPU of its own: start at most "
                         f"{torch.cuda.device_count()} on this machine, and name no index in "
                         "--device")
