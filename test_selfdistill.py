@@ -1196,6 +1196,10 @@ class TrainingTest(ImagesTestCase):
             self.assertIn(f"best       val accuracy {expected} (", printed)
             self.assertEqual(load(self.out / "best.pt")["epoch"], int(expected[-1]))
             self.assertEqual([2 * line["val_acc"] for line in read_log(self.out)], list(rights))
+        (self.out / "best.pt").unlink()  # the run has ended, and does not write it anew
+        printed = run(train.main, "--resume", self.out / "last.pt")
+        self.assertIn("val accuracy 1.0000 in epoch 3 (", printed)
+        self.assertRegex(printed, r"wrote .*: last\.pt .*\nnext .*evaluate\.py .*last\.pt\n")
 
     def test_a_folder_of_classes_is_enough(self) -> None:
         flat = write_images(self.folder / "images", train_count=8) / "train"

@@ -704,7 +704,8 @@ class Trainer:
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError("the checkpoint cannot be resumed, as it is damaged or of another "
                             f"version ({error!r})") from None
-        if not (self.is_best() or Path(self.args.out, "best.pt").exists()):
+        has_best = self.is_best() or Path(self.args.out, "best.pt").exists()
+        if not has_best and self.epoch < self.args.epochs:
             self.best_epoch, self.best_acc = -1, -1.0  # without its file, it counts from here
 
     def write_report(self, predictions: Predictions) -> None:
@@ -1003,10 +1004,12 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     memory = torch.cuda.max_memory_allocated(machine.device) if machine.on_cuda else 0
     print(f"time       {Progress.duration(time.monotonic() - trainer.began)}"
           + f", GPU memory at most {memory / 2 ** 30:.2f} GiB" * machine.on_cuda)
-    print(f"wrote      in {args.out}: best.pt (the best epoch, for use), last.pt (to resume), "
-          f"log.jsonl (figures){', report.html' * args.report}")
+    has_best = Path(args.out, "best.pt").exists()  # a run that had ended does not write it anew
+    print(f"wrote      in {args.out}: {'best.pt (the best epoch, for use), ' * has_best}last.pt "
+          f"(to resume), log.jsonl (figures){', report.html' * args.report}")
+    best = Path(args.out, "best.pt" if has_best else "last.pt")
     print(f"next       python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
-          f"{shlex.quote(str(Path(args.out, 'best.pt')))}")
+          f"{shlex.quote(str(best))}")
     return 128 + stop if stop and args.compare else 0  # a signal that came too late for this run
 
 
