@@ -443,7 +443,7 @@ class Trainer:
         torch.manual_seed(derive_seed(self.args.seed, self.epoch, self.batch, rank()))
         images, labels = self.machine.prepare(images), self.machine.move(labels)
         self.optimizer.zero_grad()
-        logits, terms, early = self.forward(images, labels)
+        logits, terms, early = self.train_module(images, labels)
         # DDP takes the mean over the processes, whose parts of a batch may differ by one image.
         share = len(labels) * world_size() / self.sampler.size(self.batch)
         loss = sum(terms.values()) * share
@@ -480,7 +480,7 @@ class Trainer:
 
     def describe_loss(self) -> str:
         self.check_finite()
-        images, *terms = self.totals[:1 + len(self.weights)].tolist()
+        images, *terms = self.totals[:1 + len(self.term_weights)].tolist()
         return f"loss {sum(terms) / images:.4f}  "
 
     def attend_to_signals(self) -> bool:
@@ -529,7 +529,7 @@ class Trainer:
                             "--lr; the last save is intact")
         images = self.totals[0].item()
         means = dict(zip(self.figures, (self.totals / images).tolist()))
-        terms = {name: means[name] for name in self.weights}
+        terms = {name: means[name] for name in self.term_weights}
         distillation, alpha = sum(terms.values()) - terms["cross_entropy"], self.args.alpha
         self.epoch += 1
         line = {"epoch": self.epoch, "train_loss": sum(terms.values()),
@@ -557,7 +557,8 @@ class Trainer:
         """The mean cosine between student and adapted teacher features, or their distance."""
         if "hint" not in line["terms"]:
             return ""
-        distance = line["terms"]["hint"] / self.weights["hint"] / len(self.hooked.student_layers)
+        weight, layers = self.term_weights["hint"], len(self.hooked.student_layers)
+        distance = line["terms"]["hint"] / weight / layers
         return f"cos {1 - distance / 2:.3f}" if self.criterion.normalize else f"{distance:.4g}"
 
     @staticmethod
@@ -764,16 +765,16 @@ class Trainer:
                             f"{args.recipe}: {textwrap.shorten(str(error), 200)}") from None
         for name, parameter in self.criterion.named_parameters():
             parameter.requires_grad_(recipe["train_adapter"] or not name.startswith("adapter"))
-        self.weights = self.criterion.weights
-        self.figures = ("images", *self.weights, "train_acc", *self.exit_layers)
+        self.term_weights = self.criterion.weights
+        self.figures = ("images", *self.term_weights, "train_acc", *self.exit_layers)
         if self.machine.on_cuda and world_size() > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.hooked)
         self.distiller = Distiller(self.hooked, self.criterion, self.machine)
         self.distiller.to(device, memory_format=torch.channels_last)
-        self.forward = torch.compile(self.distiller) if args.compile else self.distiller
+        self.train_module = torch.compile(self.distiller) if args.compile else self.distiller
         if dist.is_initialized():
-            self.forward = DistributedDataParallel(
-                self.forward, device_ids=[device] if self.machine.on_cuda else None)
+            self.train_module = DistributedDataParallel(
+                self.train_module, device_ids=[device] if self.machine.on_cuda else None)
 
     def make_optimizer(self) -> None:
         """SGD without decay of biases and norms, its schedule, and the average of the weights."""
@@ -976,6 +977,8 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     trainer = Trainer(args, machine, train_set, val_set, resumed=checkpoint is not None)
     if checkpoint:
         trainer.restore(checkpoint)
+        checkpoint.clear()  # to free its memory
+    loss = " + ".join(f"{weight:g} {name}" for name, weight in trainer.term_weights.items())
     print(f"data       {trainer.data}: {len(train_set)} train and {len(val_set)} val images"
           f"{' split off by their content' * trainer.is_split}, {len(train_set.classes)} classes")
     print(f"network    {args.arch}, weights: {args.weights}, student "
@@ -984,9 +987,8 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
           + (f" for each of {world_size()} processes" if dist.is_initialized() else ""))
     print(f"recipe     {args.recipe}: {args.size} px, batch {args.batch_size}, lr "
           f"{'by epoch 0' if args.lr is None and trainer.average else f'{trainer.lr:g}'}, "
-          f"loss {' + '.join(f'{weight:g} {name}' for name, weight in trainer.weights.items())}, "
-          f"seed {args.seed}", flush=True)
-    if checkpoint:
+          f"loss {loss}, seed {args.seed}", flush=True)
+    if trainer.resumed:
         print(f"resumed    after {trainer.epoch} epochs and {trainer.batch} batches of the next")
     stop = trainer.fit()
     if trainer.epoch < args.epochs:
