@@ -164,6 +164,12 @@ class Parser(argparse.ArgumentParser):
             return value
         return parse
 
+    def parse_args(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if re.fullmatch("(--[a-z-]+=)?", argument):
+                self.error("an argument is empty, as of a shell variable that is not set")
+        return super().parse_args(arguments)
+
     def add_machine_arguments(self) -> None:
         group = self.add_argument_group("machine")
         group.add_argument("--workers", type=Parser.number(int, 0, 1024), metavar="N",

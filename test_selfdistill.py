@@ -2432,8 +2432,10 @@ class BadInputTest(ImagesTestCase):
             (("--device", "no-such"), "device 'no-such' is not available"),
             (("--no-distillation", "--alpha", 1), "use a smaller --alpha"),
             (("--labels", 0, "--hint", 0), "--hint, --labels and --soft are all 0"),
-            (("--recipe", "blog", "--hint", 0), "use --no-distillation"))
-        self.assert_errors(evaluate.main, (("best.pt", "--batch-size", 0), "--batch-size"))
+            (("--recipe", "blog", "--hint", 0), "use --no-distillation"),
+            (("--data", ""), "an argument is empty"), (("--data=",), "an argument is empty"))
+        self.assert_errors(evaluate.main, (("best.pt", "--batch-size", 0), "--batch-size"),
+                           (("best.pt", "--data", ""), "an argument is empty"))
 
     def test_processes_train_together_on_cpus_or_gpus_of_their_own_alone(self) -> None:
         with (mock.patch.object(train.dist, "is_initialized", return_value=True),
