@@ -422,7 +422,7 @@ def find_splits(data: str | Path) -> dict[str, Path]:
     `data` is taken for a folder of class folders, the split "all".
 
     Raises:
-        UserError: it is missing, or which part is val is unclear.
+        UserError: it is missing, or has several such folders.
     """
     def splits_in(folder: Path) -> dict[str, Path]:  # os.path, as Path.is_dir may raise
         return {split: folder / split for split in ("train", "val")
@@ -440,13 +440,7 @@ def find_splits(data: str | Path) -> dict[str, Path]:
         raise UserError(f"data folder {data} has several folders with train/ and val/ in it, "
                         f"{shorten(folders)}: name one of them")
     folder, = folders
-    splits = splits_in(folder)
-    for name in ("valid", "validation", "test"):
-        if [*splits] == ["train"] and os.path.isdir(folder / name):
-            raise UserError(f"data folder {data} has train/ and {name}/ but no val/: rename "
-                            f"{name}/ to val/, or give {folder / 'train'}, of which --val-split "
-                            "takes a part")
-    return splits or {"all": data}
+    return splits_in(folder) or {"all": data}
 
 
 def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageFolder]:
@@ -1075,8 +1069,12 @@ def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
     splits, fraction = find_splits(data), checkpoint["args"].get("val_split")
     if [*splits] == ["train"]:
         raise UserError(f"data folder {data} has train/ but no val/: give another --data")
-    if "val" in splits or os.path.realpath(data) != os.path.realpath(checkpoint["data"]):
-        fraction = None  # all of it
+    if "val" in splits:
+        fraction = None
+    elif fraction and os.path.realpath(data) != os.path.realpath(checkpoint["data"]):
+        fraction = None
+        print(f"note: all images of {data} are evaluated, as training had {checkpoint['data']}; "
+              "those of them that it learned from flatter the figures")
     dataset = ImageFolder(splits.get("val") or splits["all"],
                           val_transform(checkpoint["size"], normalized=False),
                           checkpoint["classes"])

@@ -717,7 +717,7 @@ class DataTest(TestCase):
                 ("deeper", ["x/train/a", "x/val/a", "y/a"], {"train": "x/train", "val": "x/val"}),
                 ("flat", ["a", "b"], {"all": "."}), ("train", ["train/a"], {"train": "train"}),
                 ("val", ["val/a"], {"val": "val"}), ("named test", ["a", "test"], {"all": "."}),
-                ("valid", ["train/a", "valid/a"], "has train/ and valid/ but no val/: rename"),
+                ("valid", ["train/a", "valid/a"], {"train": "train"}),
                 ("two", ["x/train/a", "x/val/a", "y/train/a", "y/val/a"], "several folders .*/x, "),
                 ("none", [], "does not exist")):
             with self.subTest(kind):
@@ -729,6 +729,8 @@ class DataTest(TestCase):
                 else:
                     with self.assertRaisesRegex(evaluate.UserError, expected):
                         evaluate.find_splits(self.folder / kind)
+        with self.assertRaisesRegex(evaluate.UserError, "train/ and valid/ but no val/: rename "):
+            train.find_data(self.folder / "valid")
 
     def test_val_is_split_off_by_content_alone(self) -> None:
         def sides(folder: Path, fraction: float = 0.5) -> dict[str, bool]:
@@ -1264,7 +1266,9 @@ class TrainingTest(ImagesTestCase):
         self.assertTrue(3 <= figures["count"] < 21)
         other = write_images(self.folder / "elsewhere", train_count=8) / "train"
         for data, count in ((flat, figures["count"]), (other, 24), (self.data, 9)):
-            self.assertEqual(self.evaluate(self.out / "best.pt", "--data", data)[0]["count"], count)
+            figures, printed = self.evaluate(self.out / "best.pt", "--data", data)
+            self.assertEqual(figures["count"], count)
+            self.assertEqual("note: all images" in printed, data == other)
         self.assert_errors(
             train.main, (("--data", self.data, "--val-split", 0.4), "without val/: .* has one"),
             (("--data", flat, "--resume", "--val-split", 0.3), "val-split 0.3 contradicts"))

@@ -236,6 +236,11 @@ def find_data(data: str | None) -> dict[str, Path]:
     elif not Path(data).exists() and Path(data).name in IMAGENETTES:
         download_imagenette(Path(data))
     splits = find_splits(data)
+    for name in ("valid", "validation", "test"):
+        if [*splits] == ["train"] and (other := splits["train"].with_name(name)).is_dir():
+            raise UserError(f"data folder {data} has train/ and {name}/ but no val/: rename "
+                            f"{other} to val, or give {splits['train']}, of which --val-split "
+                            "takes a part")
     if [*splits] == ["val"]:
         raise UserError(f"data folder {data} has val/ but no train/: it needs both, or class "
                         "folders alone, of which --val-split takes a part")
