@@ -626,7 +626,7 @@ class Predictions(NamedTuple):
     losses: Tensor  # (N) float32, cross-entropy in nats
     top: Tensor  # (N, min(5, K)) int64, the best classes, best first
     probabilities: Tensor  # (N, min(5, K)) float32, of these
-    seconds: float
+    seconds: float  # for all of them; from `predict`, without the time it takes to start
 
     @property
     def confidences(self) -> Tensor:
@@ -1128,13 +1128,17 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
 
 def predict(model: nn.Module, loader: DataLoader, machine: Machine) -> Predictions:
     """Predict the images of a loader."""
-    progress, parts = Progress("images", len(loader.dataset)), []
+    count = timed = len(loader.dataset)
+    progress, parts = Progress("images", count), []
+    start = progress.start
     for logits, labels in machine.outputs(fuse(model), loader):
         parts.append(Predictions.columns(logits, labels))
         progress.advance(len(labels))
+        if len(parts) == 1 < len(loader):  # the workers have started, and the network is set up
+            start, timed = time.perf_counter(), count - len(labels)
     progress.rewrite()
     columns = [torch.cat(column).cpu() for column in zip(*parts)]
-    return Predictions(*columns, time.perf_counter() - progress.start)
+    return Predictions(*columns, (time.perf_counter() - start) * count / timed)
 
 
 def print_summary(summary: dict) -> None:
