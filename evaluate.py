@@ -73,7 +73,7 @@ SIZES = (32, 2048)  # least and greatest height and width of an image, in pixels
 IMAGE_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe", ".gif",
                   *({".avif"} & Image.registered_extensions().keys()))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# One-line advice for known failures, by substrings of torch's messages.
+# Advice for known failures, and parts of torch's messages by which they are known.
 FAILURES = {
     "too many open files: use fewer --workers, or raise the limit (ulimit -n)":
         ("Too many open files", "ancdata"),
@@ -195,7 +195,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, done: int = 0, later: int = 0) -> None:
         self.what, self.total, self.done, self.later = what, total, done, later
-        self.began, self.start, self.due = done, time.perf_counter(), 0.0
+        self.done_before, self.start, self.due = done, time.perf_counter(), 0.0
 
     def advance(self, count: int, note: Callable[[], str] = str) -> None:
         """Count on. `note` adds to the line; it is called only when that is due."""
@@ -204,7 +204,7 @@ class Progress:
         if now < self.due:
             return
         self.due = now + 0.5
-        speed = (self.done - self.began) / (now - self.start)
+        speed = (self.done - self.done_before) / (now - self.start)
         left = (self.total + self.later - self.done) / speed
         self.rewrite(f"{self.what} {self.done}/{self.total}  {speed:.1f} images/s  {note()}"
                      f"{self.duration(left)} left")
@@ -630,7 +630,7 @@ class Predictions(NamedTuple):
 
     @property
     def confidences(self) -> Tensor:
-        return self.probabilities[:, 0].double()  # (N)
+        return self.probabilities[:, 0]  # (N)
 
     @property
     def correct(self) -> Tensor:
@@ -1055,7 +1055,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         if args.export.suffix == ".pth" and args.exit:
             parser.error("--export: a .pth is a torchvision network, which an exit is not: use "
                          ".pt2 or .onnx")
-    for name, useless in (("export", ("json", "save_predictions", "batch_size", "precision")),
+    for name, useless in (("export", ("json", "save_predictions", "batch_size", "precision",
+                                      "device", "workers")),
                           ("predict", ("data", "skip_unreadable"))):
         given = [f"--{flag.replace('_', '-')}" for flag in useless if getattr(args, flag)]
         if getattr(args, name) and given:
@@ -1112,10 +1113,6 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
         summary.setdefault("exits", {})[layer] = figures
         print(f"exit {layer}: top-1 {figures['top1']:.4f}  "
               f"{figures['images_per_second']:.1f} images/s")
-    if args.report:
-        write_file(Path(args.report, "report.html"),
-                   report_html(title, checkpoint, predictions, dataset,
-                               read_log(Path(args.checkpoint)), summary.get("exits")))
     if args.json:
         matrix = confusion_matrix(predictions, len(classes)).tolist()
         write_json(args.json, summary | {"classes": classes, "confusion_matrix": matrix})
@@ -1124,6 +1121,10 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
                  for column in (predictions.labels, predictions.top[:, 0])]
         write_csv(args.save_predictions,
                   zip(dataset.paths, *names, predictions.confidences.tolist()))
+    if args.report:
+        write_file(Path(args.report, "report.html"),
+                   report_html(title, checkpoint, predictions, dataset,
+                               read_log(Path(args.checkpoint)), summary.get("exits")))
 
 
 def predict(model: nn.Module, loader: DataLoader, machine: Machine) -> Predictions:

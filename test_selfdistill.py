@@ -2584,7 +2584,8 @@ class BadInputTest(ImagesTestCase):
             (("--exit", "stage3"), "has no exit stage3; it has stage2"),
             (("--export", "network.tf"), "must end in one of .pt2, .onnx, .pth"),
             (("--export", "network.pth", "--exit", "stage2"), "which an exit is not"),
-            (("--export", "network.pth", "--json", "figures.json"), "takes no --json"),
+            (("--export", "network.pth", "--json", "figures.json", "--device", "cpu"),
+             "takes no --json or --device"),
             (("--predict", "cat.jpg", "--data", "images"), "--predict takes no --data"),
             (("--export", "network.pth", "--predict", "a.jpg"), "not allowed with"),
             (("--export", self.folder / "network.onnx"), "needs the packages onnx and onnxscript"))]
