@@ -1326,6 +1326,8 @@ def export_onnx(model: nn.Module, images: Tensor, dynamic: tuple, metadata: dict
                                     input_names=["images"], output_names=["logits"])
     program.model.metadata_props.update(metadata)
     program.save(file)
+    if len(os.listdir(file.parent)) > 1:  # torch puts weights of above 1.5 GiB into another file
+        raise UserError("the network is too large for one .onnx: export a .pt2")
     logits, = onnx.reference.ReferenceEvaluator(str(file)).run(None, {"images": images.numpy()})
     return torch.from_numpy(logits)
 

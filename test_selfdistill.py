@@ -2334,6 +2334,11 @@ class EvaluationTest(ImagesTestCase):
         metadata = {entry.key: entry.value
                     for entry in onnx.load(self.folder / "network.onnx").metadata_props}
         self.assertEqual(json.loads(metadata["classes"]), ["circle", "square", "star"])
+        threshold = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
+        with mock.patch(threshold, 0):  # as for weights beyond it, which go into a second file
+            self.assert_errors(evaluate.main, (
+                (self.path, "--export", self.folder / "large.onnx"), "too large for one .onnx"))
+        self.assertFalse((self.folder / "large.onnx").exists())
 
     def test_an_exit_is_the_network_up_to_its_layer_with_the_classifier_trained_on_it(self) -> None:
         both, printed = self.evaluate(self.path)
