@@ -193,8 +193,8 @@ def process_group() -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if (not isinstance(error, dist.DistError) and "gloo" not in str(error)
-                    or "out of memory" in str(error)):
+            is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+            if not is_lost or "out of memory" in str(error):
                 raise
             reason = str(error).partition(". ")[0]
             raise UserError(f"process {rank()} cannot reach the others ({reason}); if one of them "
@@ -236,8 +236,8 @@ def find_data(data: str | None) -> dict[str, Path]:
     elif not Path(data).exists() and Path(data).name in IMAGENETTES:
         download_imagenette(Path(data))
     splits = find_splits(data)
-    for name in ("valid", "validation", "test"):
-        if [*splits] == ["train"] and (other := splits["train"].with_name(name)).is_dir():
+    for name in ("valid", "validation", "test") if [*splits] == ["train"] else ():
+        if os.path.isdir(other := splits["train"].with_name(name)):
             raise UserError(f"data folder {data} has train/ and {name}/ but no val/: rename "
                             f"{other} to val, or give {splits['train']}, of which --val-split "
                             "takes a part")
@@ -1011,12 +1011,12 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     memory = torch.cuda.max_memory_allocated(machine.device) if machine.on_cuda else 0
     print(f"time       {Progress.duration(time.monotonic() - trainer.began)}"
           + f", GPU memory at most {memory / 2 ** 30:.2f} GiB" * machine.on_cuda)
-    has_best = Path(args.out, "best.pt").exists()  # a run that had ended does not write it anew
+    best, last = (Path(args.out, name) for name in ("best.pt", "last.pt"))
+    has_best = best.exists()  # a run that had ended does not write it anew
     print(f"wrote      in {args.out}: {'best.pt (the best epoch, for use), ' * has_best}last.pt "
           f"(to resume), log.jsonl (figures){', report.html' * args.report}")
-    best = Path(args.out, "best.pt" if has_best else "last.pt")
     print(f"next       python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
-          f"{shlex.quote(str(best))}")
+          f"{shlex.quote(str(best if has_best else last))}")
     return 128 + stop if stop and args.compare else 0  # a signal that came too late for this run
 
 
