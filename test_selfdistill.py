@@ -950,6 +950,12 @@ class TrainerTestCase(ImagesTestCase):
                                 "weights": "none", "lr": 0.01} | flags)
         return train.Trainer(args, evaluate.Machine(device, precision, 0), *self.splits)
 
+    def make_fine_tuning(self, arch: str, *machine: str, **flags: object) -> train.Trainer:
+        """A Trainer that begins with weights from a file."""
+        weights = self.folder / "weights.pth"
+        torch.save(models.get_model(arch, num_classes=3).state_dict(), weights)
+        return self.make(*machine, arch=arch, weights=str(weights), **flags)
+
     def check_step(self, device: str, precisions: tuple[str, ...]) -> None:
         for precision in precisions:
             trainer = self.make(device, precision, hint=1.0, labels=1.0, soft=1.0)
@@ -1038,9 +1044,7 @@ class OptimizerTest(TrainerTestCase):
 
     def test_fine_tuning_results_in_a_moving_average_of_the_weights(self) -> None:
         # With this accuracy, a quarter of the first weights is to be left after two steps.
-        arch, weights = "mobilenet_v3_small", self.folder / "weights.pth"
-        torch.save(models.get_model(arch, num_classes=3).state_dict(), weights)
-        trainer = self.make(arch=arch, weights=str(weights), epochs=2)
+        trainer = self.make_fine_tuning("mobilenet_v3_small", epochs=2)
         run(lambda _: trainer.fit_classifiers())
         states = [copy.deepcopy(trainer.distiller.state_dict())]
         assert_close(trainer.result.state_dict(), states[0])
@@ -1056,10 +1060,8 @@ class OptimizerTest(TrainerTestCase):
         self.assertIsNone(self.make().average)
 
     def test_by_default_the_error_of_epoch_0_decides_the_rate_of_fine_tuning(self) -> None:
-        arch, weights = "mobilenet_v3_small", self.folder / "weights.pth"
-        torch.save(models.get_model(arch, num_classes=3).state_dict(), weights)
         for right, error in ((3, 2 / 3), (9, 1 / 9)):  # of none, one is assumed
-            trainer = self.make(arch=arch, weights=str(weights), lr=None)
+            trainer = self.make_fine_tuning("mobilenet_v3_small", lr=None)
             with mock.patch.object(trainer, "validate", return_value=predictions_of(right, 9)):
                 run(lambda _: trainer.fit_classifiers())
             peak = train.LR_PER_ERROR * error
@@ -1115,6 +1117,7 @@ class OptimizerTest(TrainerTestCase):
         distiller = train.Distiller(HookedModel(network, ("2", "3"), "4"), criterion,
                                     evaluate.Machine("cpu", "fp32", 0))
         compiled = torch.compile(distiller, backend="aot_eager", fullgraph=True)
+        hooked = torch.compile(distiller.hooked, backend="eager", fullgraph=True)
         for images in torch.randn(2, 4, 3, 16, 16):
             results = []
             for module in (distiller, compiled):
@@ -1122,6 +1125,7 @@ class OptimizerTest(TrainerTestCase):
                 results.append((outputs, torch.autograd.grad(sum(outputs[1].values()),
                                                              network[0].weight)))
             assert_close(*results)
+            assert_close(hooked(images), distiller.hooked(images))
         with mock.patch.object(torch, "compile", return_value=compiled):
             self.assertIs(self.make(compile=True).train_module, compiled)
 
@@ -1325,6 +1329,9 @@ class TrainingTest(ImagesTestCase):
         figures, _ = self.evaluate(self.out / "best.pt")
         self.assertEqual((figures["top1"], figures["top5"], figures["count"]), (1.0, None, 1))
         self.assert_errors(train.main, ((), "leaves a process 1 images, too few"))
+        self.data = self.shared / "images"
+        with mock.patch.object(train, "world_size", return_value=2):
+            self.assert_errors(train.main, (("--batch-size", 2), "leaves a process 1 images, too"))
 
     def test_without_data_it_trains_on_the_shapes(self) -> None:
         self.enter_folder()
@@ -1597,14 +1604,16 @@ class ResumeTest(ImagesTestCase):
                 with signal_in_batch(stops[0][0]):
                     self.train_until_signal("--epochs", 2, *flags)
                 weights.unlink()  # which are not needed again
-                for (_, *position, images), (following, *_) in itertools.pairwise([*stops, [0]]):
-                    left = self.last()["run"]
-                    self.assertEqual([left["epoch"], left["batch"]], position)
+                for (_, epochs, batches, images), (following, *_) in itertools.pairwise(
+                        [*stops, [0]]):
                     with (signal_in_batch(following),
+                          contextlib.redirect_stdout(io.StringIO()) as output,
                           mock.patch.object(evaluate, "load_image",
                                             wraps=evaluate.load_image) as read,
                           self.assertRaises(SystemExit) if following else contextlib.nullcontext()):
-                        self.resume()
+                        train.main(["--out", str(self.out), "--resume"])
+                    self.assertIn(f"after {epochs} epochs and {batches} batches of the",
+                                  output.getvalue())
                     self.assertEqual(images, sum(Path(call.args[0]).is_relative_to(
                         self.data / "train") for call in read.call_args_list))
                 self.assertEqual(self.left_by("out"), self.left_by("expected"))
@@ -1912,9 +1921,7 @@ class CudaTest(TrainerTestCase):
 
     def fine_tuned(self, precision: str) -> train.Trainer:
         """A Trainer of given weights, which it averages, after a first step."""
-        weights = self.folder / "weights.pth"
-        torch.save(resnet18(num_classes=3).state_dict(), weights)
-        trainer = self.make(self.DEVICE, precision, weights=str(weights), epochs=10)
+        trainer = self.make_fine_tuning("resnet18", self.DEVICE, precision, epochs=10)
         trainer.decay = 0.9
         trainer.step(self.images.pin_memory(), self.labels.pin_memory())
         return trainer
@@ -2259,6 +2266,7 @@ class EvaluationTest(ImagesTestCase):
         figures, _ = self.evaluate("best.pt", "--report", "new/folder", "--save-predictions",
                                    "table.csv")
         html = Path("new/folder/report.html").read_text()
+        self.assertIn("loss by epoch", html)
         for point in ("val: 0.125 in epoch 1", "val: 0.25 in epoch 0", "val: 0.75 in epoch 2",
                       "layer2 (train): 0.375 in epoch 1"):
             self.assertIn(f"><title>{point}</title></circle>", html)
@@ -2285,6 +2293,7 @@ class EvaluationTest(ImagesTestCase):
         html = evaluate.report_html("<u>", self.checkpoint | {"names": names}, self.ten, dataset,
                                     []).decode()
         self.assertFalse(re.search("<u>|<b>[^0-9]", html))
+        self.assertNotIn("loss by epoch", html)  # as there is no log
         for name in ("&lt;b&gt; (circle)", "&lt;u&gt;"):
             self.assertIn(name, html)
 
@@ -2456,8 +2465,6 @@ class BadInputTest(ImagesTestCase):
                                     ("cuda:0", "process 1 has no GPU of its own")):
                 with self.assertRaisesRegex(evaluate.UserError, message):
                     train.refuse_unfit_device(torch.device(device))
-        with mock.patch.object(train, "world_size", return_value=2):
-            self.assert_errors(train.main, (("--batch-size", 2), "leaves a process 1 images, too"))
 
     def test_data_that_is_missing_or_incomplete(self) -> None:
         self.data = write_images(self.folder / "images", train_count=2, val_count=1)
@@ -2605,7 +2612,8 @@ class BadInputTest(ImagesTestCase):
             ((weights,), "not a checkpoint of train.py: no usable model, arch, classes"))
         other, no_exit = "does not hold a classifier of train.py", "no early exit can be built"
         for changes, message in (
-                ({"classes": ["circle", "square"]}, other), ({"size": "large"}, "no usable size"),
+                ({"classes": ["circle", "square"]}, other), ({"arch": "no_such_network"}, other),
+                ({"arch": "mobilenet_v3_small"}, other), ({"size": "large"}, "no usable size"),
                 ({"args": {}}, "no usable args"), ({"exits": [3]}, "no usable exits"),
                 ({"exits": {"layer9": nn.Linear(48, 3).state_dict()}}, no_exit),
                 ({"exits": {"stage2": {}}}, no_exit), ({"exits": {"stage2": 3}}, no_exit)):
