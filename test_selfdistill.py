@@ -1034,10 +1034,11 @@ class OptimizerTest(TrainerTestCase):
     def test_without_distillation_the_gradient_is_that_of_the_cross_entropy_alone(self) -> None:
         trainer = self.make(distillation=False, alpha=0.25)
         images = trainer.machine.prepare(self.images)
-        _, terms, early = trainer.distiller(images, self.labels)
-        self.assertEqual((list(terms), early), (["cross_entropy"], []))
-        losses = (sum(terms.values()), 0.75 * F.cross_entropy(trainer.model(images), self.labels,
-                                                              label_smoothing=0.1))
+        loss, figures = trainer.distiller(images, self.labels)
+        self.assertEqual(trainer.figures, ("images", "cross_entropy", "train_acc"))
+        self.assertEqual(len(figures), 3)
+        losses = (loss, 0.75 * F.cross_entropy(trainer.model(images), self.labels,
+                                               label_smoothing=0.1))
         assert_close(*(torch.autograd.grad(loss, list(trainer.model.parameters()))
                        for loss in losses))
         self.assertEqual(list(trainer.criterion.parameters()), [])
@@ -1096,7 +1097,9 @@ class OptimizerTest(TrainerTestCase):
 
     def test_what_a_step_counts_is_what_its_batch_gives(self) -> None:
         trainer = self.make(soft=1.0)
-        logits, terms, early = trainer.distiller(trainer.machine.prepare(self.images), self.labels)
+        logits, students, teacher = trainer.hooked(trainer.machine.prepare(self.images))
+        terms = trainer.criterion.terms(logits, self.labels, students, teacher)
+        early = trainer.criterion.early_logits(students)
         trainer.step(self.images, self.labels)
         rights = [(output.argmax(dim=1) == self.labels).sum() for output in (logits, *early)]
         self.assertEqual(len({*map(int, rights)}), 3)
@@ -1122,8 +1125,7 @@ class OptimizerTest(TrainerTestCase):
             results = []
             for module in (distiller, compiled):
                 outputs = module(images, self.labels[:4])
-                results.append((outputs, torch.autograd.grad(sum(outputs[1].values()),
-                                                             network[0].weight)))
+                results.append((outputs, torch.autograd.grad(outputs[0], network[0].weight)))
             assert_close(*results)
             assert_close(hooked(images), distiller.hooked(images))
         with mock.patch.object(torch, "compile", return_value=compiled):
@@ -1910,7 +1912,7 @@ class ProcessesTest(ImagesTestCase):
 
 @unittest.skipUnless(HAS_CUDA, "needs CUDA")
 class CudaTest(TrainerTestCase):
-    """What differs on a GPU; not yet run on one."""
+    """What differs on a GPU."""
     DEVICE = "cuda"
 
     def setUp(self) -> None:
@@ -1918,6 +1920,12 @@ class CudaTest(TrainerTestCase):
         patch = mock.patch("torch.cuda.is_available", return_value=True)
         patch.start()
         self.addCleanup(patch.stop)
+
+    def make(self, *machine: str, **flags: object) -> train.Trainer:
+        """A Trainer whose steps replay graphs."""
+        trainer = super().make(*machine, **flags)
+        trainer.record_graphs()
+        return trainer
 
     def fine_tuned(self, precision: str) -> train.Trainer:
         """A Trainer of given weights, which it averages, after a first step."""
@@ -1932,6 +1940,22 @@ class CudaTest(TrainerTestCase):
     def test_an_overflow_in_fp16_is_skipped_by_the_schedule_too(self) -> None:
         self.check_overflow(self.DEVICE)
 
+    def test_graphs_compute_the_same_steps(self) -> None:
+        trainers = [make(self.DEVICE, hint=1.0, labels=1.0, soft=1.0)
+                    for make in (super().make, self.make)]
+        self.assertEqual([list(trainer.graphs) for trainer in trainers], [[], [18]])
+        assert_close(*(trainer.distiller.state_dict() for trainer in trainers), rtol=0, atol=0)
+        gradients = []
+        for trainer in trainers:
+            trainer.step(self.images, self.labels)
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter
+                                        in trainer.distiller.parameters()]))
+        self.assertGreater(F.cosine_similarity(*gradients, dim=0).item(), 0.99)
+        assert_close(*(gradient.norm() for gradient in gradients), rtol=0.01, atol=0)
+        assert_close(*(dict(trainer.distiller.named_buffers()) for trainer in trainers),
+                     rtol=0.01, atol=0.001)
+        assert_close(*(trainer.totals for trainer in trainers), rtol=0.01, atol=0)
+
     def test_steps_do_not_wait_for_the_gpu(self) -> None:
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
         for precision in ("fp32", "bf16"):
@@ -1945,7 +1969,7 @@ class CudaTest(TrainerTestCase):
             self.assertTrue(trainer.totals.isfinite().all())
 
     def test_maps_stay_in_channels_last(self) -> None:
-        trainer, layouts = self.make(self.DEVICE, "auto"), []
+        trainer, layouts = super().make(self.DEVICE, "auto"), []
         for module in trainer.model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(lambda module, inputs, output: layouts.append(

@@ -34,6 +34,7 @@ import statistics
 import tempfile
 import textwrap
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -341,7 +342,7 @@ class Distiller(nn.Module):
 
     Shape:
         - images: (N, 3, H, W); labels: (N)
-        - returns logits (N, K), the terms of the loss, and early logits (N, K), one a layer
+        - returns the loss, a scalar, and the figures that `Trainer.figures` names, for an image
     """
 
     def __init__(self, hooked: HookedModel, criterion: SelfDistillationLoss,
@@ -349,14 +350,16 @@ class Distiller(nn.Module):
         super().__init__()
         self.hooked, self.criterion, self.machine = hooked, criterion, machine
 
-    def forward(self, images: Tensor,
-                labels: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with self.machine.autocast():
             logits, students, teacher = self.hooked(images)
         logits, teacher = logits.float(), teacher.float()
         students = [features.float() for features in as_tuple(students)]
         early = self.criterion.early_logits(students)
-        return logits, self.criterion.terms(logits, labels, students, teacher, early), early
+        terms = self.criterion.terms(logits, labels, students, teacher, early)
+        loss = sum(terms.values())
+        right = [(output.argmax(dim=1) == labels).float().mean() for output in (logits, *early)]
+        return loss, torch.stack([torch.ones_like(loss), *terms.values(), *right]).detach()
 
 
 class Trainer:
@@ -409,6 +412,8 @@ class Trainer:
                 Path(self.args.out, name).unlink()
             if self.average and self.start_acc < 0:
                 self.fit_classifiers()
+            if self.machine.on_cuda and self.train_module is self.distiller:
+                self.record_graphs()
             self.print_row(*self.HEADER)
             while self.epoch < self.args.epochs and not self.stop:
                 self.train_epoch()
@@ -418,6 +423,26 @@ class Trainer:
             if self.epoch < self.args.epochs:
                 self.save()
         return self.stop
+
+    def record_graphs(self) -> None:
+        """Record forward and backward as CUDA graphs, so that the CPU launches one, not hundreds.
+
+        That of a small network takes the CPU longer than the GPU. To be called while no loader is
+        at work: what its threads ask of CUDA would end the recording.
+        """
+        # It keeps nodes of autograd that belong to its own stream, which is as fast and right.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+        self.distiller.train()
+        buffers = copy.deepcopy([*self.distiller.buffers()])
+        pool, size = torch.cuda.graph_pool_handle(), self.args.size
+        for count in {self.sampler.size(k) for k in (0, len(self.sampler) - 1)}:
+            images = torch.zeros(count, size, size, 3, dtype=torch.uint8)
+            labels = torch.zeros(count, dtype=torch.int64, device=self.machine.device)
+            self.graphs[count] = torch.cuda.make_graphed_callables(
+                copy.copy(self.distiller), (self.machine.prepare(images), labels),
+                allow_unused_input=True, pool=pool)
+        for buffer, before in zip(self.distiller.buffers(), buffers):
+            buffer.copy_(before)  # recording has run it, which moves batch norm's statistics
 
     def train_epoch(self) -> None:
         """Train on the rest of the epoch's batches, unless asked to stop."""
@@ -448,11 +473,10 @@ class Trainer:
         torch.manual_seed(derive_seed(self.args.seed, self.epoch, self.batch, rank()))
         images, labels = self.machine.prepare(images), self.machine.move(labels)
         self.optimizer.zero_grad()
-        logits, terms, early = self.train_module(images, labels)
+        loss, figures = self.graphs.get(len(labels), self.train_module)(images, labels)
         # DDP takes the mean over the processes, whose parts of a batch may differ by one image.
         share = len(labels) * world_size() / self.sampler.size(self.batch)
-        loss = sum(terms.values()) * share
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss * share).backward()
         self.scaler.step(self.optimizer)
         scale = self.scaler.get_scale()
         self.scaler.update()
@@ -462,9 +486,7 @@ class Trainer:
             self.update_average()
         self.batch += 1
 
-        right = [(output.argmax(dim=1) == labels).float().mean() for output in (logits, *early)]
-        figures = torch.stack([torch.ones_like(loss), *terms.values(), *right]).detach()
-        figures *= len(labels)
+        figures = figures * len(labels)
         if dist.is_initialized():
             dist.all_reduce(figures)
         self.totals += figures
@@ -475,13 +497,9 @@ class Trainer:
 
         Like AveragedModel, but without waiting for the GPU at each step.
         """
-        tensors = [[*module.parameters(), *module.buffers()]
-                   for module in (self.average, self.distiller)]
-        floats = ([tensor for tensor in part if tensor.is_floating_point()] for part in tensors)
-        torch._foreach_lerp_(*floats, 1 - self.decay)
-        for average, tensor in zip(*tensors):
-            if not tensor.is_floating_point():
-                average.copy_(tensor)
+        torch._foreach_lerp_(*self.averaged, 1 - self.decay)
+        if self.counters[0]:
+            torch._foreach_copy_(*self.counters)
 
     def describe_loss(self) -> str:
         self.check_finite()
@@ -780,6 +798,7 @@ class Trainer:
         if dist.is_initialized():
             self.train_module = DistributedDataParallel(
                 self.train_module, device_ids=[device] if self.machine.on_cuda else None)
+        self.graphs: dict[int, Callable] = {}  # what a step calls instead, by the batch's length
 
     def make_optimizer(self) -> None:
         """SGD without decay of biases and norms, its schedule, and the average of the weights."""
@@ -800,6 +819,10 @@ class Trainer:
         fine_tunes = recipe["fine_tune"] and isinstance(self.head, nn.Linear)
         self.average = copy.deepcopy(self.distiller) if fine_tunes else None
         self.result = self.average or self.distiller  # validated, saved
+        self.averaged, self.counters = (
+            [[tensor for tensor in (*part.parameters(), *part.buffers())
+              if tensor.is_floating_point() == is_float] for part in (self.result, self.distiller)]
+            for is_float in (True, False))
 
 
 class Headless(nn.Module):
