@@ -113,6 +113,8 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        atexit.register(kill_workers)  # now, to come before torch's own, which wait for each worker
 
 
 class Output(io.TextIOWrapper):
@@ -609,7 +611,6 @@ def leave_signals_to_main(worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # to end by, in seconds
 
 
-@atexit.register
 def kill_workers() -> None:
     """Kill loaders' workers that are left at exit, instead of waiting until they end."""
     if hasattr(signal, "SIGCHLD"):
