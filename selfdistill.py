@@ -252,7 +252,10 @@ def as_tuple(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def pooled(features: Tensor) -> Tensor:
     """Mean of maps (N, C, H, W) over the image, or of tokens (N, L, C): (N, C)."""
-    return _channels_first(features).mean(dim=(2, 3) if features.ndim == 4 else 1)
+    if features.ndim == 3:
+        return features.mean(dim=1)
+    maps = _channels_first(features)
+    return F.avg_pool2d(maps, maps.shape[2:]).flatten(1)  # its gradient keeps the maps' layout
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
@@ -607,10 +610,11 @@ class SelfDistillationLoss(nn.Module):
             features, target = _as_map(features), adapter(teacher)  # target: (N, C_s, h, w)
             features = F.interpolate(features, size=target.shape[2:], mode="bilinear",
                                      align_corners=False)
+            weight = 1
             if self.normalize:  # the mean square is then 1 / C_s of the squared distance
-                total += adapter.out_channels * F.mse_loss(_unit(features), _unit(target))
-            else:
-                total += F.mse_loss(features, target)
+                features, target, weight = _unit(features), _unit(target), adapter.out_channels
+            # As F.mse_loss, whose gradient would not keep channels_last.
+            total += weight / features.numel() * (features - target).square().sum()
         return total
 
 

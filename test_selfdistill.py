@@ -602,6 +602,17 @@ class LossTest(unittest.TestCase):
             self.assertEqual(self.teacher.grad is None, detach)
         assert_close(self.teacher.grad.flatten(), torch.tensor([-1.375, 2.75]))
 
+    def test_gradients_of_maps_in_channels_last_are_so_too(self) -> None:
+        student, teacher = (torch.randn(2, channels, size, size).to(
+                                memory_format=torch.channels_last).requires_grad_()
+                            for channels, size in ((3, 8), (5, 4)))
+        for options in ({"hint": 1.0}, {"hint": 1.0, "normalize": True}, {"labels": 1.0},
+                        {"soft": 1.0}):
+            criterion = SelfDistillationLoss(0.5, 3, 5, num_classes=4, **{"hint": 0.0} | options)
+            loss = criterion(torch.randn(2, 4), torch.tensor([0, 3]), student, teacher)
+            gradient, = torch.autograd.grad(loss, student)
+            self.assertTrue(gradient.is_contiguous(memory_format=torch.channels_last), options)
+
     def test_early_terms_move_the_early_features_and_not_the_logits(self) -> None:
         for options in ({"labels": 1.0}, {"soft": 1.0}):
             self.student.grad, criterion = None, self.make(alpha=1.0, hint=0.0, **options)
