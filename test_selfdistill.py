@@ -1117,6 +1117,26 @@ class OptimizerTest(TrainerTestCase):
         expected = [18, *(18 * term.item() for term in terms.values()), *rights]
         assert_close(trainer.totals, torch.tensor(expected, dtype=torch.float32))
 
+    def test_a_step_replays_what_is_recorded_and_recording_changes_nothing(self) -> None:
+        trainer = self.make()  # CudaTest has the real thing
+        before = copy.deepcopy(trainer.distiller.state_dict())
+
+        def record(module: nn.Module, sample: tuple, **options: object) -> mock.Mock:
+            module(*sample)
+            return mock.Mock(wraps=module)
+
+        with mock.patch("torch.cuda.graph_pool_handle"):
+            with mock.patch("torch.cuda.make_graphed_callables", record):
+                trainer.record_graphs()
+            assert_close(trainer.distiller.state_dict(), before, rtol=0, atol=0)
+            trainer.step(self.images, self.labels)
+            trainer.graphs[18].assert_called_once()
+            for message, error in (("CUDA out of memory", RuntimeError), ("x", evaluate.UserError)):
+                with (self.assertRaisesRegex(error, message),
+                      mock.patch("torch.cuda.make_graphed_callables",
+                                 side_effect=RuntimeError(message))):
+                    trainer.record_graphs()
+
     def test_a_step_on_the_cpu_changes_all_weights(self) -> None:
         self.check_step("cpu", ("fp32", "bf16"))
 

@@ -412,8 +412,6 @@ class Trainer:
                 Path(self.args.out, name).unlink()
             if self.average and self.start_acc < 0:
                 self.fit_classifiers()
-            if self.machine.on_cuda and self.train_module is self.distiller:
-                self.record_graphs()
             self.print_row(*self.HEADER)
             while self.epoch < self.args.epochs and not self.stop:
                 self.train_epoch()
@@ -427,25 +425,33 @@ class Trainer:
     def record_graphs(self) -> None:
         """Record forward and backward as CUDA graphs, so that the CPU launches one, not hundreds.
 
-        That of a small network takes the CPU longer than the GPU. To be called while no loader is
-        at work: what its threads ask of CUDA would end the recording.
+        Those of a small network take it longer than the GPU. To be called while no loader is at
+        work: what its threads ask of CUDA would end the recording.
         """
-        # It keeps nodes of autograd that belong to its own stream, which is as fast and right.
+        # It keeps autograd's nodes, on a stream of its own; waiting for that costs nothing here.
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         self.distiller.train()
         buffers = copy.deepcopy([*self.distiller.buffers()])
         pool, size = torch.cuda.graph_pool_handle(), self.args.size
         for count in {self.sampler.size(k) for k in (0, len(self.sampler) - 1)}:
-            images = torch.zeros(count, size, size, 3, dtype=torch.uint8)
-            labels = torch.zeros(count, dtype=torch.int64, device=self.machine.device)
-            self.graphs[count] = torch.cuda.make_graphed_callables(
-                copy.copy(self.distiller), (self.machine.prepare(images), labels),
-                allow_unused_input=True, pool=pool)
+            images = self.machine.prepare(torch.zeros(count, size, size, 3, dtype=torch.uint8))
+            labels = torch.zeros(count, dtype=torch.int64, device=images.device)
+            try:
+                self.graphs[count] = torch.cuda.make_graphed_callables(
+                    copy.copy(self.distiller), (images, labels), allow_unused_input=True, pool=pool)
+            except RuntimeError as error:
+                if "out of memory" in str(error):
+                    raise
+                raise UserError(f"steps of {self.args.arch} cannot be recorded as CUDA graphs "
+                                f"({textwrap.shorten(str(error), 200)}): use --compile, which "
+                                "needs none") from None
         for buffer, before in zip(self.distiller.buffers(), buffers):
-            buffer.copy_(before)  # recording has run it, which moves batch norm's statistics
+            buffer.copy_(before)  # recording runs it, which moves batch norm's statistics
 
     def train_epoch(self) -> None:
         """Train on the rest of the epoch's batches, unless asked to stop."""
+        if self.machine.on_cuda and self.train_module is self.distiller and not self.graphs:
+            self.record_graphs()
         epochs, count = self.args.epochs, self.sampler.count
         progress = Progress(f"epoch {self.epoch + 1}/{epochs}  images", count,
                             done=int(self.totals[0]), later=(epochs - self.epoch - 1) * count)
