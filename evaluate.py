@@ -152,17 +152,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     @staticmethod
-    def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
-        """Make an argparse type: a finite number in [low, high]."""
+    def number(kind: type, low: float, high: float = 1_000_000) -> Callable[[str], int | float]:
+        """Make an argparse type: a number in [low, high]."""
         def parse(text: str) -> int | float:
             try:
                 value = kind(text)
             except ValueError:
                 value = math.nan
-            if not (low <= value <= high and math.isfinite(value)):
-                limit = f"between {low} and {high}" if math.isfinite(high) else f"of at least {low}"
+            if not low <= value <= high:
                 what = "a whole number" if kind is int else "a number"
-                raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limit}")
+                raise argparse.ArgumentTypeError(f"{text!r} is not {what} between {low} and {high}")
             return value
         return parse
 
@@ -532,7 +531,9 @@ class Machine:
             device = ("cuda" if torch.cuda.is_available() else
                       "mps" if torch.backends.mps.is_available() else "cpu")
         try:
-            self.device = torch.empty(1, device=device).device
+            tensor = torch.zeros(1, device=device)
+            tensor.item()  # "meta" has none
+            self.device = tensor.device
         except (RuntimeError, AssertionError, NotImplementedError, ValueError):
             raise UserError(f"device {device!r} is not available here; --device auto takes what "
                             "is") from None
