@@ -613,8 +613,9 @@ class SelfDistillationLoss(nn.Module):
             weight = 1
             if self.normalize:  # the mean square is then 1 / C_s of the squared distance
                 features, target, weight = _unit(features), _unit(target), adapter.out_channels
-            # As F.mse_loss, whose gradient would not keep channels_last.
-            total += weight / features.numel() * (features - target).square().sum()
+            # The mean square; the gradients of F.mse_loss and mean would not keep channels_last.
+            square = (features.float() - target.float()).square()
+            total += weight * square.sum() / square.numel()
         return total
 
 
