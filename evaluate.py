@@ -543,6 +543,7 @@ class Machine:
         self.statistics = [torch.tensor(values, device=self.device)
                            for values in (IMAGENET_MEAN, IMAGENET_STD)]
         if self.on_cuda:
+            torch.cuda.set_device(self.device)  # streams, and so graphs, are the current device's
             torch.set_float32_matmul_precision("high")  # TF32, which convolutions use by default
             torch.backends.cudnn.benchmark = True
         elif self.device.type == "cpu":

@@ -342,7 +342,8 @@ class Distiller(nn.Module):
 
     Shape:
         - images: (N, 3, H, W); labels: (N)
-        - returns the loss, a scalar, and the figures that `Trainer.figures` names, for an image
+        - returns the loss, a scalar, and the figures (F), means over the batch, in the order of
+          `Trainer.figures`
     """
 
     def __init__(self, hooked: HookedModel, criterion: SelfDistillationLoss,
@@ -423,28 +424,32 @@ class Trainer:
         return self.stop
 
     def record_graphs(self) -> None:
-        """Record forward and backward as CUDA graphs, so that the CPU launches one, not hundreds.
+        """Record forward and backward as CUDA graphs: one launch a step instead of hundreds.
 
-        Those of a small network take it longer than the GPU. To be called while no loader is at
-        work: what its threads ask of CUDA would end the recording.
+        These can take the CPU longer than their kernels take the GPU. Call it while no loader is at
+        work: CUDA calls of its pinning thread would break the recording.
         """
-        # It keeps autograd's nodes, on a stream of its own; waiting for that costs nothing here.
+        # A graph keeps autograd's nodes, on the stream of the recording; the wait is negligible.
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         self.distiller.train()
         buffers = copy.deepcopy([*self.distiller.buffers()])
         pool, size = torch.cuda.graph_pool_handle(), self.args.size
-        for count in {self.sampler.size(k) for k in (0, len(self.sampler) - 1)}:
+        counts = {self.sampler.size(position) for position in (0, len(self.sampler) - 1)}
+        for count in sorted(counts, reverse=True):  # the second may fit into the first's memory
             images = self.machine.prepare(torch.zeros(count, size, size, 3, dtype=torch.uint8))
             labels = torch.zeros(count, dtype=torch.int64, device=images.device)
             try:
-                self.graphs[count] = torch.cuda.make_graphed_callables(
+                graphed = torch.cuda.make_graphed_callables(
                     copy.copy(self.distiller), (images, labels), allow_unused_input=True, pool=pool)
             except RuntimeError as error:
-                if "out of memory" in str(error):
-                    raise
+                cause = error.__context__ or error  # ending a broken recording raises another
+                if "out of memory" in str(cause):
+                    raise cause
                 raise UserError(f"steps of {self.args.arch} cannot be recorded as CUDA graphs "
-                                f"({textwrap.shorten(str(error), 200)}): use --compile, which "
+                                f"({textwrap.shorten(str(cause), 200)}): use --compile, which "
                                 "needs none") from None
+            # Alone, as module and forward would keep each other, and their memory, alive.
+            self.graphs[count] = vars(graphed).pop("forward")
         for buffer, before in zip(self.distiller.buffers(), buffers):
             buffer.copy_(before)  # recording runs it, which moves batch norm's statistics
 
@@ -492,7 +497,7 @@ class Trainer:
             self.update_average()
         self.batch += 1
 
-        figures = figures * len(labels)
+        figures = figures.detach() * len(labels)
         if dist.is_initialized():
             dist.all_reduce(figures)
         self.totals += figures
@@ -503,9 +508,10 @@ class Trainer:
 
         Like AveragedModel, but without waiting for the GPU at each step.
         """
-        torch._foreach_lerp_(*self.averaged, 1 - self.decay)
-        if self.counters[0]:
-            torch._foreach_copy_(*self.counters)
+        averages, tensors = self.averaged
+        torch._foreach_lerp_(averages, tensors, 1 - self.decay)
+        for counter, count in zip(*self.counted):
+            counter.copy_(count)
 
     def describe_loss(self) -> str:
         self.check_finite()
@@ -825,7 +831,8 @@ class Trainer:
         fine_tunes = recipe["fine_tune"] and isinstance(self.head, nn.Linear)
         self.average = copy.deepcopy(self.distiller) if fine_tunes else None
         self.result = self.average or self.distiller  # validated, saved
-        self.averaged, self.counters = (
+        # Listed once, as that takes as long as averaging them does.
+        self.averaged, self.counted = (
             [[tensor for tensor in (*part.parameters(), *part.buffers())
               if tensor.is_floating_point() == is_float] for part in (self.result, self.distiller)]
             for is_float in (True, False))
@@ -1037,7 +1044,7 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
         print(f"note: {remark}")
     print(f"best       val accuracy {trainer.best_acc:.4f} in epoch {trainer.best_epoch} (on "
           f"{len(val_set)} val images; ties go to the earlier epoch)")
-    memory = torch.cuda.max_memory_allocated(machine.device) if machine.on_cuda else 0
+    memory = torch.cuda.max_memory_reserved(machine.device) if machine.on_cuda else 0
     print(f"time       {Progress.duration(time.monotonic() - trainer.began)}"
           + f", GPU memory at most {memory / 2 ** 30:.2f} GiB" * machine.on_cuda)
     best, last = (Path(args.out, name) for name in ("best.pt", "last.pt"))
