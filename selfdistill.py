@@ -613,8 +613,9 @@ class SelfDistillationLoss(nn.Module):
             weight = 1
             if self.normalize:  # the mean square is then 1 / C_s of the squared distance
                 features, target, weight = _unit(features), _unit(target), adapter.out_channels
-            # The mean square; the gradients of F.mse_loss and mean would not keep channels_last.
-            square = (features.float() - target.float()).square()
+            # As F.mse_loss, whose gradient, like that of mean, would not keep channels_last.
+            dtype = torch.promote_types(features.dtype, torch.float32)
+            square = (features.to(dtype) - target.to(dtype)).square()
             total += weight * square.sum() / square.numel()
         return total
 

@@ -613,6 +613,15 @@ class LossTest(unittest.TestCase):
             gradient, = torch.autograd.grad(loss, student)
             self.assertTrue(gradient.is_contiguous(memory_format=torch.channels_last), options)
 
+    def test_the_distance_is_at_least_in_fp32(self) -> None:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            criterion = self.make(alpha=1.0).to(dtype)
+            nn.init.zeros_(criterion.adapter.weight)
+            student = torch.full((1, 1, 2, 2), 384.25, dtype=dtype)  # squared, too large for fp16
+            loss = criterion(self.logits, torch.tensor([1]), student, self.teacher.to(dtype))
+            difference = student.mean().double() - 0.25
+            assert_close(loss, (difference ** 2).to(torch.promote_types(dtype, torch.float32)))
+
     def test_early_terms_move_the_early_features_and_not_the_logits(self) -> None:
         for options in ({"labels": 1.0}, {"soft": 1.0}):
             self.student.grad, criterion = None, self.make(alpha=1.0, hint=0.0, **options)
