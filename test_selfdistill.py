@@ -1414,7 +1414,7 @@ class TrainingTest(ImagesTestCase):
                            ((best, "--data", other), "does not know: cross; it knows"))
 
     def test_a_loss_that_is_not_finite_stops_before_it_is_saved(self) -> None:
-        self.assert_errors(train.main, (("--lr", "1e30", "--epochs", 3, "--batch-size", 4),
+        self.assert_errors(train.main, (("--lr", "1e6", "--epochs", 3, "--batch-size", 4),
                                         "not finite in epoch 1.*try a lower --lr"))
         unknown = predictions_of(1, 2)._replace(losses=torch.full((2,), math.nan))
         with mock.patch.object(train.Trainer, "validate", return_value=unknown):
