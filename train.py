@@ -504,14 +504,11 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the average towards the weights as they now are; counters are copied.
+        """Move the average towards the weights as they now are.
 
         Like AveragedModel, but without waiting for the GPU at each step.
         """
-        averages, tensors = self.averaged
-        torch._foreach_lerp_(averages, tensors, 1 - self.decay)
-        for counter, count in zip(*self.counted):
-            counter.copy_(count)
+        torch._foreach_lerp_(*self.averaged, 1 - self.decay)
 
     def describe_loss(self) -> str:
         self.check_finite()
@@ -829,13 +826,13 @@ class Trainer:
                           else ConstantLR(self.optimizer, factor=1.0, total_iters=0))
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=is_fp16)
         fine_tunes = recipe["fine_tune"] and isinstance(self.head, nn.Linear)
-        self.average = copy.deepcopy(self.distiller) if fine_tunes else None
+        counters = {id(buffer): buffer for buffer in self.distiller.buffers()
+                    if not buffer.is_floating_point()}  # which the average shares
+        self.average = copy.deepcopy(self.distiller, counters) if fine_tunes else None
         self.result = self.average or self.distiller  # validated, saved
         # Listed once, as that takes as long as averaging them does.
-        self.averaged, self.counted = (
-            [[tensor for tensor in (*part.parameters(), *part.buffers())
-              if tensor.is_floating_point() == is_float] for part in (self.result, self.distiller)]
-            for is_float in (True, False))
+        self.averaged = [[tensor for tensor in (*part.parameters(), *part.buffers())
+                          if tensor.is_floating_point()] for part in (self.result, self.distiller)]
 
 
 class Headless(nn.Module):
