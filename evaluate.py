@@ -51,7 +51,7 @@ from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from PIL import Image
@@ -81,7 +81,8 @@ FAILURES = {
         ("C++ compiler", "C compiler"),
     "out of memory: use a smaller --batch-size, fewer --workers, more shared memory (docker run "
     "--shm-size), or train at a smaller --size":
-        ("out of memory", "t allocate memory", "DataLoader worker (pid", "shared memory")}
+        ("out of memory", "t allocate memory", "DataLoader worker (pid", "shared memory(shm)",
+         "shared memory object")}
 
 
 class UserError(Exception):
@@ -146,7 +147,7 @@ def printable(text: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which knows the flags of both scripts."""
+    """An argument parser with errors of one line, and the flags that both scripts share."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -227,7 +228,7 @@ class Progress:
 
 
 def shorten(names: Iterable, most: int = 10) -> str:
-    """The first names of a list, for a message."""
+    """Join the first names of a list, and count the rest."""
     names = list(map(str, names))
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
@@ -235,7 +236,7 @@ def shorten(names: Iterable, most: int = 10) -> str:
 
 # Images
 
-# Pillow refuses what is twice as large.
+# Of large images; those twice as large it refuses.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -243,7 +244,7 @@ class UnreadableImage(UserError):
     """An image that cannot be decoded; the message names the file."""
 
     def __init__(self, message: str) -> None:
-        # A loader's worker wraps the message in its whole traceback.
+        # From a loader's worker, the message comes in a whole traceback.
         super().__init__(message.rpartition("UnreadableImage: ")[2].strip())
 
 
@@ -252,8 +253,8 @@ def load_image(path: str) -> Tensor:
     try:
         with Image.open(path) as image:  # which reads no more than the header
             if image.format == "JPEG" and image.mode == "RGB" and is_upright(image):
-                # Faster than Pillow, which tells what is wrong with an image that this refuses;
-                # and torchvision plans to drop its decoders.
+                # Faster than Pillow, which has better messages, and will be there when torchvision
+                # has dropped its decoders.
                 with contextlib.suppress(RuntimeError, AttributeError):
                     return torchvision.io.decode_jpeg(torchvision.io.read_file(path))
             return pil_to_tensor(to_rgb(image))
@@ -417,7 +418,7 @@ class ImageFolder(datasets.ImageFolder):
 
 
 def find_splits(data: str | Path) -> dict[str, Path]:
-    """Find the train/ and val/ folders of a data folder, those that there are, by split.
+    """Find train/ and val/, or either, in a data folder: their paths by split.
 
     They are in `data` or, if both, in the one folder in it that has them. Where there is neither,
     `data` is taken for a folder of class folders, the split "all".
@@ -606,7 +607,7 @@ def keep_freed_memory() -> None:
 
 
 def leave_signals_to_main(worker: int) -> None:
-    """Let a loader's worker outlive signals to all processes: the main one still needs it."""
+    """Have a loader's worker ignore signals to all processes: the main one decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -629,7 +630,7 @@ class Predictions(NamedTuple):
     losses: Tensor  # (N) float32, cross-entropy in nats
     top: Tensor  # (N, min(5, K)) int64, the best classes, best first
     probabilities: Tensor  # (N, min(5, K)) float32, of these
-    seconds: float  # for all of them; from `predict`, without the time it takes to start
+    seconds: float  # for all images; `predict` leaves out the start
 
     @property
     def confidences(self) -> Tensor:
@@ -718,7 +719,8 @@ def read_checkpoint(path: str | Path) -> dict:
                               and 0 <= start_acc <= 1,
                  "args": args.get("precision") in list(DTYPES)
                          and isinstance(batch_size, int) and batch_size > 0
-                         and (val_split is None or isinstance(val_split, float))}
+                         and (val_split is None or isinstance(val_split, float))
+                         and isinstance(args.get("skip_unreadable", False), bool)}
         wrong = [key for key, is_sound in sound.items() if not is_sound]
     if wrong:
         raise UserError(f"{path} is not a checkpoint of train.py: no usable {shorten(wrong)} in it")
@@ -734,7 +736,7 @@ def write_file(path: str | Path, content: bytes) -> None:
             raise UserError(f"cannot write {path}: it is not a regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # anew, so that no link is followed
+        with open(temporary, "xb") as file:  # x: rather fail than follow a link
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -742,7 +744,7 @@ def write_file(path: str | Path, content: bytes) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        with contextlib.suppress(OSError):  # if the folder is the trouble, the first error tells
+        with contextlib.suppress(OSError):  # the first error says what is wrong
             temporary.unlink(missing_ok=True)
 
 
@@ -889,7 +891,7 @@ def training_charts(log: list[dict], start_acc: float | None) -> str:
     best, _ = max(accuracies["val"], key=lambda point: point[1])  # the earlier of equal ones
     fitted = "" if start_acc is None else " (0: only the classifiers fitted)"
     *trained, val = (max(y for _, y in line) for line in losses.values())
-    # A val loss far above the others, as of an early epoch, leaves the chart.
+    # A val loss far above the others, as in an early epoch, is cut off.
     highest = max(*trained, min(val, 2 * max(trained)))
     return (line_chart("loss by epoch", losses, best, high=highest)
             + line_chart(f"accuracy by epoch{fitted}", accuracies, best, high=1,
@@ -982,7 +984,7 @@ def heat_map(matrix: Tensor, classes: list[str]) -> str:
 
 # Second half: the script
 
-wrap("pooled")  # a trace does not look inside
+wrap("pooled")  # one node of a trace
 
 
 class EarlyExit(nn.Module):
@@ -1042,8 +1044,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     instead.add_argument("--export", metavar="FILE", type=Path, help="instead, write the network: "
                          "FILE.pt2 (torch.export), FILE.onnx, or FILE.pth (torchvision state dict)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE; -: to "
-                        "standard output, and all else to standard error",
-                        type=lambda path: sys.stdout if path == "-" else path)
+                        "standard output, and all else to standard error")
     parser.add_argument("--save-predictions", metavar="FILE", help="write a table (CSV) of path, "
                         "label, prediction and confidence of each image")
     parser.add_argument("--batch-size", type=Parser.number(int, 1), metavar="N",
@@ -1061,7 +1062,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     for name, useless in (("export", ("json", "save_predictions", "batch_size", "precision",
                                       "device", "workers")),
                           ("predict", ("data", "skip_unreadable"))):
-        given = [f"--{flag.replace('_', '-')}" for flag in useless if getattr(args, flag)]
+        given = [f"--{flag.replace('_', '-')}" for flag in useless
+                 if getattr(args, flag) not in (None, False)]
         if getattr(args, name) and given:
             parser.error(f"--{name} takes no {' or '.join(given)}")
     return args
@@ -1098,8 +1100,8 @@ def open_machine(args: argparse.Namespace, checkpoint: dict) -> Machine:
 
 
 def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
-             exits: dict[str, nn.Module]) -> None:
-    """Print how good a network and its early exits are on the val images; write what is asked."""
+             exits: dict[str, nn.Module]) -> dict:
+    """Print how good a network and its early exits are on the val images; return the figures."""
     classes, dataset = checkpoint["classes"], open_val(args, checkpoint)
     machine = open_machine(args, checkpoint)
     loader = machine.loader(dataset,
@@ -1116,9 +1118,6 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
         summary.setdefault("exits", {})[layer] = figures
         print(f"exit {layer}: top-1 {figures['top1']:.4f}  "
               f"{figures['images_per_second']:.1f} images/s")
-    if args.json:
-        matrix = confusion_matrix(predictions, len(classes)).tolist()
-        write_json(args.json, summary | {"classes": classes, "confusion_matrix": matrix})
     if args.save_predictions:
         names = [[classes[position] for position in column.tolist()]
                  for column in (predictions.labels, predictions.top[:, 0])]
@@ -1128,6 +1127,8 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
         write_file(Path(args.report, "report.html"),
                    report_html(title, checkpoint, predictions, dataset,
                                read_log(Path(args.checkpoint)), summary.get("exits")))
+    matrix = confusion_matrix(predictions, len(classes)).tolist()
+    return summary | {"classes": classes, "confusion_matrix": matrix}
 
 
 def predict(model: nn.Module, loader: DataLoader, machine: Machine) -> Predictions:
@@ -1222,8 +1223,8 @@ def find_named(paths: list[str]) -> list[str]:
     return list(found.values())
 
 
-def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) -> None:
-    """Print the best classes of each image that --predict names, or why it cannot be read."""
+def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) -> list[dict]:
+    """Print and return the best classes of each image that --predict names, or its error."""
     pictures = Pictures(find_named(args.predict), checkpoint["size"])
     machine = open_machine(args, checkpoint)
     loader = machine.loader(pictures,
@@ -1240,23 +1241,12 @@ def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) 
                                                    for guess in guesses))
         progress.advance(len(errors))
     progress.rewrite()
-    if args.json:
-        write_json(args.json, results)
     if args.save_predictions:
         best = [result.get("classes", [{"class": "", "probability": ""}])[0].values()
                 for result in results]
         write_csv(args.save_predictions,
                   [(path, "", *row) for path, row in zip(pictures.paths, best)])
-    if any("error" in result for result in results):
-        sys.exit(1)
-
-
-def write_json(file: str | TextIO, figures: dict | list) -> None:
-    text = json.dumps(figures, indent=2)
-    if isinstance(file, str):
-        write_file(file, text.encode())
-    else:
-        print(text, file=file)
+    return results
 
 
 def write_csv(path: str, rows: Iterable[tuple]) -> None:
@@ -1337,12 +1327,18 @@ def export_onnx(model: nn.Module, images: Tensor, dynamic: tuple, metadata: dict
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    with contextlib.redirect_stdout(sys.stderr if args.json is sys.stdout else sys.stdout):
-        run(args)
+    with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):
+        figures = run(args)
+    if args.json == "-":
+        print(json.dumps(figures, indent=2))
+    elif args.json:
+        write_file(args.json, json.dumps(figures, indent=2).encode())
+    if args.predict and any("error" in result for result in figures):
+        sys.exit(1)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate, predict or export, as the flags say."""
+def run(args: argparse.Namespace) -> dict | list[dict] | None:
+    """Evaluate, predict or export, as the flags say; return the figures for --json."""
     checkpoint = read_checkpoint(args.checkpoint)
     try:
         model, _, _ = load_classifier(checkpoint)
@@ -1356,11 +1352,10 @@ def run(args: argparse.Namespace) -> None:
         model, exits = exits[args.exit], {}
         checkpoint["arch"] += f" up to {args.exit}"
     if args.export:
-        export_checked(args, checkpoint, model)
-    elif args.predict:
-        predict_paths(args, checkpoint, model)
-    else:
-        evaluate(args, checkpoint, model, exits)
+        return export_checked(args, checkpoint, model)
+    if args.predict:
+        return predict_paths(args, checkpoint, model)
+    return evaluate(args, checkpoint, model, exits)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ arXiv:1905.08094). Copy this file into a project of your own; it needs only torc
 
 Give the parameters of both, `model` and `criterion`, to the optimiser.
 """
+import copy
 import difflib
 import itertools
 import math
@@ -41,7 +42,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Images
 
 def is_upright(image: Image.Image) -> bool:
-    """Whether the rows and columns of an image are stored as they are to be seen."""
+    """Whether an image needs no turning by its EXIF orientation."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     except Exception:  # damaged EXIF data raise errors of many kinds
@@ -85,7 +86,7 @@ def normalize(images: Tensor, mean: Tensor | Sequence[float] = IMAGENET_MEAN,
 
 
 class _RandomResizedCrop(v2.RandomResizedCrop):
-    """Resizes a dense copy of the crop, in channels_last if the image is: twice as fast."""
+    """RandomResizedCrop that copies the crop before resizing it, which is twice as fast."""
 
     def transform(self, inpt: Tensor, params: dict[str, int]) -> Tensor:
         crop = v2.functional.crop(inpt, **params).clone()
@@ -122,7 +123,7 @@ def val_transform(size: int = 224, normalized: bool = True) -> v2.Compose:
 
 
 def _middle(image: Tensor) -> Tensor:
-    """The middle of a long image, as resizing all that no crop needs could fill the memory."""
+    """Crop a long image to its middle, as resizing the whole of it could fill the memory."""
     height, width = image.shape[-2:]
     return v2.functional.center_crop(image, [min(height, 4 * width), min(width, 4 * height)])
 
@@ -265,14 +266,9 @@ def _did_you_mean(name: str, known: list[str]) -> str:
 
 @torch.no_grad()
 def dry_run(network: nn.Module, size: int = 224) -> object:
-    """Forward two black images of `size` pixels, in eval mode; the network stays as it is."""
-    training = {module: module.training for module in network.modules()}
-    network.eval()  # in training mode it would move the batch norms' statistics
-    try:
-        return network(next(network.parameters()).new_zeros(2, 3, size, size))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    """Forward two black images of `size` pixels through a copy of the network, in eval mode."""
+    network = copy.deepcopy(network).eval()
+    return network(next(network.parameters()).new_zeros(2, 3, size, size))
 
 
 def _is_map(output: object) -> bool:
@@ -308,6 +304,7 @@ def find_layers(model: nn.Module, size: int = 224,
     Raises:
         ValueError: there are no such layers.
     """
+    model = copy.deepcopy(model)  # for hooks that leave no trace
     modules = {name: module for name, module in model.named_modules() if name}
     outputs: dict[str, tuple[Tensor, int]] = {}  # by module, in the order in which they finish
 
@@ -315,27 +312,19 @@ def find_layers(model: nn.Module, size: int = 224,
         if isinstance(output, Tensor) and output.shape[:1] == (2,):  # images
             outputs[name] = output, _version(output)
 
-    handles = [module.register_forward_hook(partial(record, name))
-               for name, module in modules.items()]
-    try:
-        dry_run(model, size)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    classifier = find_classifier(model)  # and what follows it, are no candidates
+    for name, module in modules.items():
+        module.register_forward_hook(partial(record, name))
+    dry_run(model, size)
+    classifier = find_classifier(model)  # neither it nor what follows is a candidate
     outputs = dict(itertools.takewhile(lambda item: item[0] != classifier, outputs.items()))
     stages: dict[int, str] = {}  # by the height of maps, the last of the outermost layers
     blocks = defaultdict(list)  # of tokens, by parent and type
-    # Of the layers that hand on one output, the outermost; none that is changed in place.
-    for name in {id(output): name for name, (output, _) in outputs.items()}.values():
-        output, version = outputs[name]
+    for name, (output, version) in outputs.items():
         if _is_map(output) and output.shape[2] > 1 and version == _version(output):
             height = output.shape[2]
             if name.count(".") <= stages.get(height, name).count("."):
                 stages[height] = name
-    for name, (output, _) in outputs.items():
-        if _is_tokens(output):
+        elif _is_tokens(output):
             blocks[name.rpartition(".")[0], type(modules[name])].append(name)
     depth = max(2, students)
     if len(stages) > depth:
@@ -416,7 +405,7 @@ def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> No
     if weights == "imagenet":
         try:
             state = models.get_model(arch, weights="DEFAULT").state_dict()
-        except RuntimeError as error:  # what came has another hash than it should
+        except RuntimeError as error:  # the download has another hash than it should
             raise OSError(str(error)) from None
     else:
         state = load_tensors(weights)
@@ -563,18 +552,17 @@ class SelfDistillationLoss(nn.Module):
                               teacher_intermediate).values())
 
     def terms(self, student_logits: Tensor, labels: Tensor,
-              student_intermediate: Tensor | Sequence[Tensor], teacher_intermediate: Tensor,
-              early_logits: list[Tensor] | None = None) -> dict[str, Tensor]:
+              student_intermediate: Tensor | Sequence[Tensor],
+              teacher_intermediate: Tensor) -> dict[str, Tensor]:
         """Return the parts that add up to the loss, weighted: a dict of scalars.
 
-        Its keys are cross_entropy and those of hint, labels and soft that are above 0. Who has the
-        `early_logits` of these student features already gives them, to save the work.
+        Its keys are cross_entropy and those of hint, labels and soft that are above 0.
         """
         students = as_tuple(student_intermediate)
         if len(students) != len(self.student_channels):
             raise ValueError(f"{len(self.student_channels)} student features were expected, one a "
                              f"layer, got {len(students)}")
-        early = self.early_logits(students) if early_logits is None else early_logits
+        early = self.early_logits(students)
         terms = {"cross_entropy": self._cross_entropy(student_logits, labels)}
         if self.hint:
             terms["hint"] = self._distance(students, teacher_intermediate)

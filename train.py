@@ -65,7 +65,7 @@ from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillat
 
 # Settings
 
-# What a flag that is not given means, but for those that the recipe or the data decide.
+# The flags' defaults, but for those that the recipe or the data decide.
 DEFAULTS = dict(
     data=None, out=".", resume=None, save_every=10.0, compare=None,
     compare_arms=["control", "distillation"], report=False, check=False, skip_unreadable=False,
@@ -73,9 +73,9 @@ DEFAULTS = dict(
     teacher_layer=None, val_split=None, workers=None, device="auto", precision="auto",
     compile=False)
 
-# The first six are flags, too; students: of layers; fine_tune: fit the classifiers first, let their
-# error decide the lr, and average the weights (where the last layer is not linear, there is no such
-# beginning, and the lr is this one); scratch: what is otherwise from random weights.
+# The first six are flags, too. students: number of student layers. fine_tune: fit the classifiers
+# first, let their error decide the lr, and average the weights (only if the last layer is linear;
+# else the lr is this one). scratch: what is different from random weights.
 TUNED = dict(
     alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
     detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
@@ -91,7 +91,7 @@ RECIPES = {
         fine_tune=False, scratch={}),
 }
 RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
-# What a resumed run may change; --epochs only as `settle` allows.
+# What a resumed run may change; --epochs only as `refuse_contradictions` allows.
 CHANGEABLE = ("data", "out", "resume", "save_every", "compare", "compare_arms", "report", "check",
               "skip_unreadable", "epochs", "workers", "device", "compile")
 NOT_SAVED = ("out", "resume", "compare", "compare_arms", "check")  # in a checkpoint's args
@@ -110,7 +110,7 @@ IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-1
 
 
 def recipe_of(name: str, weights: str) -> dict:
-    """The settings of a recipe, as they are from given or from random weights."""
+    """The settings of a recipe, from given or from random weights."""
     recipe = RECIPES[name]
     return recipe | recipe["scratch"] if weights == "none" else recipe
 
@@ -229,7 +229,7 @@ def open_splits(data: str | None, size: int, skip_unreadable: bool,
 
 
 def find_data(data: str | None) -> dict[str, Path]:
-    """`find_splits`, for which the embedded set is drawn, or an Imagenette downloaded."""
+    """Find the splits of a data folder; draw the embedded set or download Imagenette if missing."""
     if data is None:
         data = Path("data/shapes")
         if not data.exists():
@@ -250,7 +250,7 @@ def find_data(data: str | None) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
-    """Yield a path to make a folder at, which becomes `folder` once it is whole."""
+    """Yield a temporary path to make a folder at; rename it to `folder` in the end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         yield Path(temporary, folder.name)
@@ -288,9 +288,8 @@ class Augmented(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = item
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.images.load(index, self.transform)
+        torch.default_generator.manual_seed(seed)  # no step relies on what it was
+        return self.images.load(index, self.transform)
 
 
 class EpochBatches(Sampler):
@@ -356,9 +355,8 @@ class Distiller(nn.Module):
             logits, students, teacher = self.hooked(images)
         logits, teacher = logits.float(), teacher.float()
         students = [features.float() for features in as_tuple(students)]
-        early = self.criterion.early_logits(students)
-        terms = self.criterion.terms(logits, labels, students, teacher, early)
-        loss = sum(terms.values())
+        terms = self.criterion.terms(logits, labels, students, teacher)
+        loss, early = sum(terms.values()), self.criterion.early_logits(students)
         right = [(output.argmax(dim=1) == labels).float().mean() for output in (logits, *early)]
         return loss, torch.stack([torch.ones_like(loss), *terms.values(), *right]).detach()
 
@@ -426,8 +424,8 @@ class Trainer:
     def record_graphs(self) -> None:
         """Record forward and backward as CUDA graphs: one launch a step instead of hundreds.
 
-        These can take the CPU longer than their kernels take the GPU. Call it while no loader is at
-        work: CUDA calls of its pinning thread would break the recording.
+        Launching them can take the CPU longer than running them takes the GPU. Call it while no
+        loader is at work: CUDA calls of its pinning thread would break the recording.
         """
         # A graph keeps autograd's nodes, on the stream of the recording; the wait is negligible.
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
@@ -435,7 +433,7 @@ class Trainer:
         buffers = copy.deepcopy([*self.distiller.buffers()])
         pool, size = torch.cuda.graph_pool_handle(), self.args.size
         counts = {self.sampler.size(position) for position in (0, len(self.sampler) - 1)}
-        for count in sorted(counts, reverse=True):  # the second may fit into the first's memory
+        for count in sorted(counts, reverse=True):  # the smaller may reuse the memory
             images = self.machine.prepare(torch.zeros(count, size, size, 3, dtype=torch.uint8))
             labels = torch.zeros(count, dtype=torch.int64, device=images.device)
             try:
@@ -448,7 +446,7 @@ class Trainer:
                 raise UserError(f"steps of {self.args.arch} cannot be recorded as CUDA graphs "
                                 f"({textwrap.shorten(str(cause), 200)}): use --compile, which "
                                 "needs none") from None
-            # Alone, as module and forward would keep each other, and their memory, alive.
+            # Without its module: the two refer to each other, and would keep the graph alive.
             self.graphs[count] = vars(graphed).pop("forward")
         for buffer, before in zip(self.distiller.buffers(), buffers):
             buffer.copy_(before)  # recording runs it, which moves batch norm's statistics
@@ -532,9 +530,7 @@ class Trainer:
                                    Predictions.columns, "validating: images")
         if columns is None:
             return None
-        indices = torch.arange(len(self.val_set))
-        order = torch.cat([indices[k::world_size()] for k in range(world_size())]).argsort()
-        return Predictions(*(column[order] for column in columns), time.perf_counter() - start)
+        return Predictions(*columns, time.perf_counter() - start)
 
     def run_through(self, model: nn.Module, loader: DataLoader, columns_of: Callable,
                     what: str) -> list[Tensor] | None:
@@ -565,7 +561,7 @@ class Trainer:
         distillation, alpha = sum(terms.values()) - terms["cross_entropy"], self.args.alpha
         self.epoch += 1
         line = {"epoch": self.epoch, "train_loss": sum(terms.values()),
-                # The two sides before alpha, which a weight of 0 hides.
+                # Both sides without their weights; None where the weight is 0.
                 "ce_loss": terms["cross_entropy"] / (1 - alpha) if alpha < 1 else None,
                 "distillation_loss": distillation / alpha if alpha and len(terms) > 1 else None,
                 "train_acc": means["train_acc"], "val_loss": val["loss"], "val_acc": val["top1"],
@@ -618,14 +614,10 @@ class Trainer:
 
         Random ones would distort the features first: Kumar et al., Fine-Tuning can Distort
         Pretrained Features and Underperform Out-of-Distribution, arXiv:2202.10054. A sample of the
-        train images is enough, seen as in validation.
+        train images is enough.
         """
         start = time.perf_counter()
-        count = min(len(self.train_set), 400 * len(self.classes), 20_000)
-        generator = torch.Generator().manual_seed(self.args.seed)
-        chosen = torch.randperm(len(self.train_set), generator=generator)[:count].tolist()
-        loader = self.machine.loader(Subset(self.train_set, chosen[rank()::world_size()]),
-                                     batch_size=self.val_loader.batch_size)
+        loader = self.sample_loader(min(400 * len(self.classes), 20_000))
         columns = self.run_through(Headless(self.hooked), loader,
                                    lambda *pair: pair, "fitting the classifiers: images")
         if columns is None:
@@ -646,7 +638,7 @@ class Trainer:
         if predictions:
             self.start_acc = self.best_acc = predictions.summarize(self.classes)["top1"]
             self.best_epoch = 0
-            error = max(1 - self.start_acc, 1 / len(self.val_set))  # of no images, one is assumed
+            error = max(1 - self.start_acc, 1 / len(self.val_set))  # one image at least
             for group in self.optimizer.param_groups if self.args.lr is None else ():
                 for name in ("lr", "initial_lr", "max_lr", "min_lr"):  # all that OneCycleLR reads
                     group[name] *= LR_PER_ERROR * error / self.recipe["lr"]
@@ -655,6 +647,13 @@ class Trainer:
             print(f"epoch 0    val acc {self.start_acc:.4f}, only the classifiers fitted, "
                   f"{Progress.duration(time.perf_counter() - start)}; so peak lr "
                   f"{self.optimizer.param_groups[0]['max_lr']:.2g}", flush=True)
+
+    def sample_loader(self, count: int) -> DataLoader:
+        """A loader of some of the train images, seen as in validation; of each process's part."""
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = torch.randperm(len(self.train_set), generator=generator)[:count].tolist()
+        return self.machine.loader(Subset(self.train_set, chosen[rank()::world_size()]),
+                                   batch_size=self.val_loader.batch_size)
 
     def is_best(self) -> bool:
         """Whether the epoch just ended is the best so far."""
@@ -712,8 +711,8 @@ class Trainer:
                 raise TypeError(f"{name} is a {type(state[name]).__name__}")
             setattr(self, name, state[name])
         self.began -= float(state["elapsed"])
-        if len(self.totals) != len(self.figures):
-            raise ValueError("other figures")
+        if len(self.totals) != len(self.figures) or self.epoch != len(self.log):
+            raise ValueError("other figures, or other epochs")
         self.totals = self.totals.to(self.machine.device)
 
     def parts(self) -> dict:
@@ -768,7 +767,7 @@ class Trainer:
         transform = train_transform(args.size, self.recipe["crop_scale"], normalized=False)
         self.train_loader = self.machine.loader(Augmented(self.train_set, transform),
                                                 batch_sampler=self.sampler)
-        share = range(rank(), len(self.val_set), processes)
+        share = torch.arange(len(self.val_set)).tensor_split(processes)[rank()].tolist()
         self.val_loader = self.machine.loader(Subset(self.val_set, share),
                                               batch_size=args.batch_size // processes)
 
@@ -836,7 +835,7 @@ class Trainer:
 
 
 class Headless(nn.Module):
-    """What epoch 0 fits to: the means of the hooked features, and the inputs of the classifier.
+    """The network without its classifier: what epoch 0 fits the linear layers to.
 
     Args:
         hooked: the whole network; it is copied.
@@ -1054,7 +1053,7 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
 
 
 def refuse_unfit_device(device: torch.device) -> None:
-    """Refuse what several processes cannot train on."""
+    """Refuse devices that several processes cannot train on."""
     if not dist.is_initialized():
         return
     if device.type not in ("cuda", "cpu"):
@@ -1221,7 +1220,7 @@ def polygon(corners: int) -> Callable[[float], float]:
     return lambda angle: cos(wedge / 2) / cos(angle % wedge - wedge / 2)
 
 
-# Each shape by its radius at an angle in radians; no radius is above 1.
+# The radius of each shape, at most 1, by the angle in radians.
 SHAPES: dict[str, Callable[[float], float]] = {
     "bow": lambda angle: 0.15 + 0.85 * abs(cos(angle)),
     "circle": lambda angle: 0.85,
@@ -1366,7 +1365,7 @@ def settle(given: dict) -> tuple[argparse.Namespace, dict | None]:
     checkpoint = None if given.get("resume") is None else on_rank_zero(read_resumed, given)
     if checkpoint:
         path = resumed_path(given["resume"], given.get("out", "."))
-        saved = vars(make_parser().parse_args(as_flags(
+        saved = DEFAULTS | vars(make_parser().parse_args(as_flags(
             {name: value for name, value in checkpoint["args"].items() if name not in NOT_SAVED})))
         saved |= {"data": checkpoint["data"], "out": str(path.parent)}
         refuse_contradictions(given, saved)
@@ -1409,7 +1408,7 @@ def read_resumed(given: dict) -> dict | None:
     """The checkpoint that --resume names; None if it is "auto" and there is none yet."""
     path = resumed_path(given["resume"], given.get("out", "."))
     if given["resume"] == "auto" and not path.exists():
-        if "compare" not in given:  # which has just said what it begins
+        if "compare" not in given:  # which has just announced the run
             print(f"no {path} yet: starting anew")
         return None
     checkpoint = read_checkpoint(path)
