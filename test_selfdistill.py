@@ -913,7 +913,7 @@ def predictions_of(right: int, count: int) -> evaluate.Predictions:
 
 @contextlib.contextmanager
 def signal_in_batch(number: int) -> Iterator[mock.Mock]:
-    """Have SIGTERM come in a batch by its number from 1, of fitting, training or validation."""
+    """Have SIGTERM come in a batch by its number from 1, of all, whatever they are for."""
     original = evaluate.Machine.prepare
 
     def signalled(machine: evaluate.Machine, images: Tensor) -> Tensor:
@@ -1002,6 +1002,21 @@ class OptimizerTest(TrainerTestCase):
         assert_close(max(rates), 0.01)
         self.assertLess(rates[0], 0.001)
         self.assertLess(trainer.optimizer.param_groups[0]["lr"], 1e-5)
+
+    def test_from_random_weights_the_first_convolution_whitens(self) -> None:
+        trainer = self.make()
+        run(lambda _: trainer.whiten())
+        filters, opposite = trainer.model.conv1.weight.detach().chunk(2)
+        assert_close(opposite, -filters, rtol=0, atol=0)
+        images = torch.stack([image for image, _ in self.splits[0]])
+        patches = F.unfold(trainer.machine.prepare(images), 7, stride=8).mT.flatten(0, 1)
+        covariance = (patches @ filters.flatten(1).T).T.cov()
+        variances = covariance.diagonal()
+        self.assertGreater(variances.min(), 0.01)
+        self.assertLess(variances.max(), 1)
+        assert_close(covariance, variances.diag(), rtol=0, atol=0.01)
+        first, *_, last = filters.flatten(1).norm(dim=1)
+        self.assertLess(first, last)  # the strongest components first
 
     def test_the_blog_recipe_takes_the_steps_of_the_published_script(self) -> None:
         trainer = self.make(recipe="blog", batch_size=4)
@@ -1372,7 +1387,7 @@ class TrainingTest(ImagesTestCase):
         with mock.patch.object(train, "draw_shapes", partial(train.draw_shapes, train=2, val=1)):
             printed = run(train.main, "--epochs", 1, "--workers", 0)
         self.assertIn("weights: none, ", printed)
-        self.assertIn("tuned: 32 px, batch 32, lr 0.1, ", printed)
+        self.assertIn("tuned: 32 px, batch 32, lr 0.05, ", printed)
         self.assertEqual(load("best.pt")["data"], str(self.folder / "data" / "shapes"))
         figures, _ = self.evaluate("best.pt")
         self.assertEqual(set(figures["per_class"]), set(train.SHAPES))
@@ -1423,12 +1438,12 @@ class ComparisonTest(ImagesTestCase):
         flags = ("--compare", 2, "--seed", 3, "--precision", "auto")
         # The first run alone chooses the precision.
         with (mock.patch.object(evaluate.Machine, "best_precision", side_effect=["bf16"]),
-              signal_in_batch(2 * 5 + 1)):  # of the third run, as each has 3 + 2
+              signal_in_batch(2 * 8 + 4)):  # training in the third run, as each has 3 + 3 + 2
             self.train(*flags, code=STOPPED)
         self.assertFalse((self.out / "compare.json").exists())
         with signal_in_batch(0) as prepare:
             printed = self.train(*flags, "--resume")
-        self.assertEqual(prepare.call_count, (5 - 1) + 5)
+        self.assertEqual(prepare.call_count, (8 - 4) + 8)
         runs = ["3-control", "3-distillation", "4-control", "4-distillation"]
         self.assertEqual(re.findall(r"run \d of 4: (\w+), seed (\d)", printed),
                          [tuple(name.split("-")[::-1]) for name in runs])
@@ -1617,10 +1632,10 @@ class ResumeTest(ImagesTestCase):
         # MobileNet has dropout. An epoch has 3 batches of 6 images; its validation has 2.
         weights = self.folder / "weights.pth"
         state = models.mobilenet_v3_small(num_classes=5).state_dict()
-        fit, epoch = 3 + 2, 3 + 2  # batches
+        whiten, fit, epoch = 3, 3 + 2, 3 + 2  # batches
         for flags, stops in (  # the batch, after which epoch and batch; train images read from then
                 (("--hint", 1, "--student-layer", "features.2", "features.4"),
-                 ((3 + 1, 0, 3, 6), (2 + 1, 1, 1, 12))),
+                 ((2, 0, 0, 18 + 18), (whiten + 3 + 1, 0, 3, 6), (2 + 1, 1, 1, 12))),
                 (("--weights", weights), ((1, 0, 0, 18), (3 + 1, 0, 0, 18 + 18 + 6),
                                           (fit + epoch + 1, 1, 1, 12)))):
             with self.subTest(flags):
@@ -1778,7 +1793,7 @@ class ResumeTest(ImagesTestCase):
         for seed in (1, 2):
             printed = self.train("--seed", seed)
         self.assertRegex(printed, r"kept the earlier .*best\.pt.* as .*best\.1\.pt")
-        with signal_in_batch(3 + 2 + 1):
+        with signal_in_batch(3 + 3 + 2 + 1):
             self.train("--seed", 3, "--epochs", 2, code=STOPPED)
         printed = run(train.main, "--resume", self.out / "last.pt", "--out", self.folder / "other")
         self.assertEqual(load(self.folder / "other" / "best.pt")["epoch"], 2)
@@ -2020,7 +2035,7 @@ class CudaTest(TrainerTestCase):
         self.addCleanup(torch.use_deterministic_algorithms, False)
         torch.use_deterministic_algorithms(True, warn_only=True)
         self.train(*flags, out="expected")
-        with signal_in_batch(2):
+        with signal_in_batch(3 + 2):
             self.train(*flags, code=STOPPED)
         self.train(*flags, "--resume")
         for part in ("distiller", "optimizer"):

@@ -75,12 +75,14 @@ DEFAULTS = dict(
 
 # The first six are flags, too. students: number of student layers. fine_tune: fit the classifiers
 # first, let their error decide the lr, and average the weights (only if the last layer is linear;
-# else the lr is this one). scratch: what is different from random weights.
+# else the lr is this one). whiten: begin with a first convolution that whitens the images.
+# scratch: what is different from random weights.
 TUNED = dict(
     alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
     detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
     weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
-    scratch=dict(lr=0.1, batch_size=32, crop_scale=(0.6, 1.0), fine_tune=False))
+    whiten=False,
+    scratch=dict(lr=0.05, batch_size=32, crop_scale=(0.6, 1.0), fine_tune=False, whiten=True))
 RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
@@ -88,7 +90,7 @@ RECIPES = {
         alpha=0.5, hint=1.0, labels=0.0, soft=0.0, batch_size=32, lr=0.01, students=1,
         detach_teacher=False, normalize=False, train_adapter=False, one_cycle=False,
         nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
-        fine_tune=False, scratch={}),
+        fine_tune=False, whiten=False, scratch={}),
 }
 RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
 # What a resumed run may change; --epochs only as `refuse_contradictions` allows.
@@ -411,6 +413,8 @@ class Trainer:
                 Path(self.args.out, name).unlink()
             if self.average and self.start_acc < 0:
                 self.fit_classifiers()
+            elif self.recipe["whiten"] and self.epoch == self.batch == 0:
+                self.whiten()
             self.print_row(*self.HEADER)
             while self.epoch < self.args.epochs and not self.stop:
                 self.train_epoch()
@@ -592,7 +596,7 @@ class Trainer:
     @staticmethod
     def print_row(*cells: str) -> None:
         """Print a line of the table of epochs, of as many cells as HEADER."""
-        print("{:>6}{:>8}{:>10}{:>13}{:>10}{:>9}{:>10}{:>12}".format(*cells), flush=True)
+        print("{:>6}{:>8}{:>10}{:>13}{:>12}{:>9}{:>10}{:>12}".format(*cells), flush=True)
 
     def remarks(self) -> Iterator[str]:
         """Yield warnings that a user could miss in the log."""
@@ -647,6 +651,26 @@ class Trainer:
             print(f"epoch 0    val acc {self.start_acc:.4f}, only the classifiers fitted, "
                   f"{Progress.duration(time.perf_counter() - start)}; so peak lr "
                   f"{self.optimizer.param_groups[0]['max_lr']:.2g}", flush=True)
+
+    def whiten(self) -> None:
+        """Begin with a first convolution that whitens patches of the images.
+
+        Its filters are their principal components, scaled to give a variance of 1, and these with
+        the opposite sign: Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU,
+        arXiv:2404.00498, section 3.2.
+        """
+        first = next(layer for layer in self.model.modules() if isinstance(layer, nn.Conv2d))
+        grid = nn.Unfold(first.kernel_size, stride=(self.args.size - first.kernel_size[0]) // 7)
+        columns = self.run_through(grid, self.sample_loader(1000), lambda patches, _:
+                                   [patches.mT.flatten(0, 1)], "whitening: images")
+        if columns is None:
+            return
+        variances, axes = (part.flip(-1) for part in torch.linalg.eigh(columns[0].T.cov()))
+        count = min(first.out_channels // 2, int((variances > 1e-3).sum()))
+        filters = (axes / (variances + 0.01).sqrt()).T[:count].unflatten(1, first.weight.shape[1:])
+        with torch.no_grad():
+            first.weight[:2 * count] = torch.cat([filters, -filters])
+        broadcast(self.distiller)  # as machines may round differently
 
     def sample_loader(self, count: int) -> DataLoader:
         """A loader of some of the train images, seen as in validation; of each process's part."""
