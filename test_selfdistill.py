@@ -2117,7 +2117,7 @@ class DamagedFilesTest(ImagesTestCase):
             ("model", "fc.bias")]
         cases = [(*place, value) for place in places
                  for value in ("missing", "text", -1, [], {}, torch.full((2,), torch.nan))]
-        for part, key, value in random.Random(0).sample(cases, min(self.COPIES, len(cases))):
+        for part, key, value in random.Random(0).sample(cases, min(self.COPIES, 100)):
             damaged = content | ({part: dict(content[part])} if part != key else {})
             holder = damaged if part == key else damaged[part]
             holder[key] = value

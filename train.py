@@ -596,7 +596,7 @@ class Trainer:
     @staticmethod
     def print_row(*cells: str) -> None:
         """Print a line of the table of epochs, of as many cells as HEADER."""
-        print("{:>6}{:>8}{:>10}{:>13}{:>12}{:>9}{:>10}{:>12}".format(*cells), flush=True)
+        print("{:>6}{:>8}{:>10}{:>12}{:>11}{:>9}{:>10}{:>12}".format(*cells), flush=True)
 
     def remarks(self) -> Iterator[str]:
         """Yield warnings that a user could miss in the log."""
