@@ -552,17 +552,18 @@ class SelfDistillationLoss(nn.Module):
                               teacher_intermediate).values())
 
     def terms(self, student_logits: Tensor, labels: Tensor,
-              student_intermediate: Tensor | Sequence[Tensor],
-              teacher_intermediate: Tensor) -> dict[str, Tensor]:
+              student_intermediate: Tensor | Sequence[Tensor], teacher_intermediate: Tensor,
+              early_logits: list[Tensor] | None = None) -> dict[str, Tensor]:
         """Return the parts that add up to the loss, weighted: a dict of scalars.
 
-        Its keys are cross_entropy and those of hint, labels and soft that are above 0.
+        Its keys are cross_entropy and those of hint, labels and soft that are above 0. Pass
+        `early_logits` if they are already computed.
         """
         students = as_tuple(student_intermediate)
         if len(students) != len(self.student_channels):
             raise ValueError(f"{len(self.student_channels)} student features were expected, one a "
                              f"layer, got {len(students)}")
-        early = self.early_logits(students)
+        early = self.early_logits(students) if early_logits is None else early_logits
         terms = {"cross_entropy": self._cross_entropy(student_logits, labels)}
         if self.hint:
             terms["hint"] = self._distance(students, teacher_intermediate)

@@ -506,6 +506,11 @@ class LossTest(unittest.TestCase):
                 (self.logits, {"alpha": 0.0, "label_smoothing": 0.2}, self.SMOOTHED),
                 (self.even, {"hint": 0.0, "labels": 1.0, "label_smoothing": 0.2},
                  (self.EVEN + self.SMOOTHED) / 2),
+                (self.even, {"hint": 0.0, "labels": 1.0, "alpha": 0.25},
+                 0.75 * self.EVEN + 0.25 * self.CROSS_ENTROPY),
+                (self.even, soft | {"temperature": 1.0}, self.DIVERGENCE),
+                (self.even, soft | {"temperature": 1.0, "labels": 0.75, "soft": 0.25},
+                 0.75 * self.CROSS_ENTROPY + 0.25 * self.DIVERGENCE),
                 (self.even, soft, 9 * (math.log((1 + odds) / 2) - 0.5 * math.log(odds))),
                 (self.logits, soft, 0.0)):  # the early classifier makes the same logits
             for detach in ({}, {"detach_teacher": True}):
@@ -678,7 +683,9 @@ class DataTest(TestCase):
     def test_augmentation_depends_on_index_and_seed_alone(self) -> None:
         folder = evaluate.ImageFolder(write_images(self.folder) / "train", None)
         data = train.Augmented(folder, train_transform(32, normalized=False))
+        state = torch.get_rng_state()
         first, label = data[4, 7]
+        assert_close(torch.get_rng_state(), state)
         torch.rand(5)
         self.assertEqual((first.shape, first.dtype, label), ((32, 32, 3), torch.uint8, 0))
         assert_close(data[4, 7][0], first, rtol=0, atol=0)
@@ -2495,7 +2502,6 @@ class ReadmeTest(TestCase):
             with self.subTest(script, arguments=arguments):
                 parsers[script](arguments.split())
 
-
     def test_the_recipes_are_those_of_the_table(self) -> None:
         rows = re.findall(r"^\| `(\w+)`.*?\|(.+?)\|(.+?)\|(.+?)\|(.+?)\|", self.TEXT, re.MULTILINE)
         self.assertEqual({name: [*map(float, cells)] for name, *cells in rows}, {
@@ -2592,7 +2598,8 @@ class BadInputTest(ImagesTestCase):
     def test_networks_and_layers_that_cannot_be_trained_here(self) -> None:
         cannot = "cannot be trained at --size 32 by --recipe tuned: "
         self.assert_errors(
-            train.main, (("--arch", "vit_b_16"), f"vit_b_16 {cannot}.*Wrong image"),
+            train.main, (("--arch", "resnet81"), "no classifier 'resnet81' in torchvision.models"),
+            (("--arch", "vit_b_16"), f"vit_b_16 {cannot}.*Wrong image"),
             (("--student-layer", "layer9"), "no layer 'layer9' in MobileNetV3; did you mean"),
             (("--student-layer", "classifier.0"), f"{cannot}.*changed in place"),
             (("--student-layer", "classifier.3"), f"{cannot}.*neither maps"),
@@ -2637,6 +2644,7 @@ class BadInputTest(ImagesTestCase):
 
     @unittest.skipUnless(hasattr(os, "mkfifo"), "pipes and devices are those of POSIX")
     def test_what_is_no_regular_file_is_neither_written_to_nor_replaced(self) -> None:
+        checkpoint = self.write_checkpoint()
         (self.folder / "folder").mkdir()
         (self.folder / "null").symlink_to(os.devnull)
         os.mkfifo(self.folder / "pipe")
@@ -2645,6 +2653,8 @@ class BadInputTest(ImagesTestCase):
             before = path.stat()
             with self.assertRaisesRegex(evaluate.UserError, f"{path}: it is not a regular file"):
                 evaluate.write_file(path, b"figures")
+            self.assert_errors(evaluate.main, ((checkpoint, "--workers", 0, "--json", path),
+                                               f"{path}: it is not a regular file"))
             self.assertEqual((path.stat().st_mode, path.stat().st_ino),
                              (before.st_mode, before.st_ino))
 
@@ -2701,6 +2711,7 @@ class BadInputTest(ImagesTestCase):
             ((weights,), "not a checkpoint of train.py: no usable model, arch, classes"))
         other, no_exit = "does not hold a classifier of train.py", "no early exit can be built"
         for changes, message in (
+                ({"classes": ["circle", "square"]}, other), ({"arch": "no_such_network"}, other),
                 ({"arch": "mobilenet_v3_small"}, other), ({"size": "large"}, "no usable size"),
                 ({"args": {}}, "no usable args"), ({"exits": [3]}, "no usable exits"),
                 ({"exits": {"layer9": nn.Linear(48, 3).state_dict()}}, no_exit),

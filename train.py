@@ -290,8 +290,9 @@ class Augmented(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = item
-        torch.default_generator.manual_seed(seed)  # no step relies on what it was
-        return self.images.load(index, self.transform)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.images.load(index, self.transform)
 
 
 class EpochBatches(Sampler):
@@ -357,8 +358,9 @@ class Distiller(nn.Module):
             logits, students, teacher = self.hooked(images)
         logits, teacher = logits.float(), teacher.float()
         students = [features.float() for features in as_tuple(students)]
-        terms = self.criterion.terms(logits, labels, students, teacher)
-        loss, early = sum(terms.values()), self.criterion.early_logits(students)
+        early = self.criterion.early_logits(students)
+        terms = self.criterion.terms(logits, labels, students, teacher, early)
+        loss = sum(terms.values())
         right = [(output.argmax(dim=1) == labels).float().mean() for output in (logits, *early)]
         return loss, torch.stack([torch.ones_like(loss), *terms.values(), *right]).detach()
 
@@ -670,7 +672,7 @@ class Trainer:
         filters = (axes / (variances + 0.01).sqrt()).T[:count].unflatten(1, first.weight.shape[1:])
         with torch.no_grad():
             first.weight[:2 * count] = torch.cat([filters, -filters])
-        broadcast(self.distiller)  # as machines may round differently
+        broadcast(first)  # as machines may round differently
 
     def sample_loader(self, count: int) -> DataLoader:
         """A loader of some of the train images, seen as in validation; of each process's part."""
