@@ -1250,8 +1250,9 @@ def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) 
 
 
 def write_csv(path: str, rows: Iterable[tuple]) -> None:
-    def harmless(cell: object) -> object:  # where a spreadsheet would run it as a formula
-        return f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r")) else cell
+    def harmless(cell: object) -> object:  # what a spreadsheet would run as a formula; -1 is none
+        runs = isinstance(cell, str) and re.match(r"[=@\t\r]|[+-](?![\d.]+$)", cell)
+        return f"'{cell}" if runs else cell
 
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("path", "label", "prediction", "confidence"),

@@ -2252,9 +2252,11 @@ class EvaluationTest(ImagesTestCase):
         self.assert_errors(train.main, (("--data", data), "classes.txt cannot be used: expected"))
 
     def test_cells_that_a_spreadsheet_would_run_are_made_harmless(self) -> None:
-        evaluate.write_csv(self.folder / "table.csv", [("=1+1.png", "-a", "@b", 0.5)])
+        evaluate.write_csv(self.folder / "table.csv", [("=1+1.png", "-a", "@b", 0.5),
+                                                       ("-1+1.png", "-1", "+0.5", 0.5)])
         self.assertEqual(self.read_table(self.folder / "table.csv"), [
-            {"path": "'=1+1.png", "label": "'-a", "prediction": "'@b", "confidence": "0.5"}])
+            {"path": "'=1+1.png", "label": "'-a", "prediction": "'@b", "confidence": "0.5"},
+            {"path": "'-1+1.png", "label": "-1", "prediction": "+0.5", "confidence": "0.5"}])
 
     def test_a_file_is_written_whole_and_never_through_a_planted_link(self) -> None:
         path, victim = self.folder / "figures.json", self.folder / "victim"
