@@ -202,6 +202,9 @@ def process_group() -> Iterator[None]:
             reason = str(error).partition(". ")[0]
             raise UserError(f"process {rank()} cannot reach the others ({reason}); if one of them "
                             "has failed or was killed, look there first") from None
+    # Before torch 2.8, it held the GIL while it waited for threads of gloo, which may need it for
+    # what they have just done (pytorch/pytorch pull request 154976).
+    time.sleep(0.2)
     dist.destroy_process_group()
 
 
