@@ -1025,6 +1025,13 @@ class OptimizerTest(TrainerTestCase):
         first, *_, last = filters.flatten(1).norm(dim=1)
         self.assertLess(first, last)  # the strongest components first
 
+    def test_statistics_of_batch_norm_keep_up_with_a_short_run(self) -> None:
+        trainer, inputs = self.make(arch="mobilenet_v3_small"), []  # has a momentum of 0.01
+        first = trainer.model.features[0][1]
+        first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        trainer.step(self.images, self.labels)
+        assert_close(first.running_mean, 0.1 * inputs[0].mean(dim=(0, 2, 3)))
+
     def test_the_blog_recipe_takes_the_steps_of_the_published_script(self) -> None:
         trainer = self.make(recipe="blog", batch_size=4)
         plain, conv1x1 = (copy.deepcopy(part) for part in (trainer.model,

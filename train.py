@@ -806,6 +806,9 @@ class Trainer:
         self.hooked = load_hooked(args.arch, self.classes, weights, args.student_layer,
                                   args.teacher_layer, recipe["students"])
         self.model = self.hooked.model
+        for layer in self.model.modules():  # MobileNetV3 and MNASNet come with 0.01 and less, by
+            if isinstance(layer, nn.BatchNorm2d):  # which the statistics lag in a short run
+                layer.momentum = max(layer.momentum, 0.1)
         self.head = self.model.get_submodule(find_classifier(self.model))
         distills = args.distillation and args.alpha > 0
         terms = {name: getattr(args, name) if distills else 0.0
