@@ -202,8 +202,8 @@ def process_group() -> Iterator[None]:
             reason = str(error).partition(". ")[0]
             raise UserError(f"process {rank()} cannot reach the others ({reason}); if one of them "
                             "has failed or was killed, look there first") from None
-    # Before torch 2.8, it held the GIL while it waited for threads of gloo, which may need it for
-    # what they have just done (pytorch/pytorch pull request 154976).
+    # Before torch 2.8, destroy_process_group waits with the GIL for gloo's threads, which may need
+    # it to drop their last tensors (pytorch/pytorch pull request 154976).
     time.sleep(0.2)
     dist.destroy_process_group()
 
@@ -806,8 +806,9 @@ class Trainer:
         self.hooked = load_hooked(args.arch, self.classes, weights, args.student_layer,
                                   args.teacher_layer, recipe["students"])
         self.model = self.hooked.model
-        for layer in self.model.modules():  # MobileNetV3 and MNASNet come with 0.01 and less, by
-            if isinstance(layer, nn.BatchNorm2d):  # which the statistics lag in a short run
+        # MobileNetV3 and MNASNet come with 0.01 and less: in a short run, statistics would lag.
+        for layer in self.model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = max(layer.momentum, 0.1)
         self.head = self.model.get_submodule(find_classifier(self.model))
         distills = args.distillation and args.alpha > 0
