@@ -1073,16 +1073,16 @@ def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
     """The val images to evaluate on."""
     data = args.data or checkpoint["data"]
     splits, fraction = find_splits(data), checkpoint["args"].get("val_split")
-    if [*splits] == ["train"]:
-        raise UserError(f"data folder {data} has train/ but no val/: give another --data")
+    *_, folder = splits.values()  # val/, if there is one
     if "val" in splits:
         fraction = None
-    elif fraction and os.path.realpath(data) != os.path.realpath(checkpoint["data"]):
+    elif "train" in splits and not fraction:
+        raise UserError(f"data folder {data} has train/ but no val/: give another --data")
+    elif fraction and os.path.realpath(folder) != os.path.realpath(checkpoint["data"]):
         fraction = None
         print(f"note: all images of {data} are evaluated, as training had {checkpoint['data']}; "
               "those of them that it learned from flatter the figures")
-    dataset = ImageFolder(splits.get("val") or splits["all"],
-                          val_transform(checkpoint["size"], normalized=False),
+    dataset = ImageFolder(folder, val_transform(checkpoint["size"], normalized=False),
                           checkpoint["classes"])
     tell_left_out(dataset.root, dataset.left_out)
     if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):

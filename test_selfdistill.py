@@ -1333,15 +1333,22 @@ class TrainingTest(ImagesTestCase):
         self.assertTrue(3 <= figures["count"] < 21)
         other = write_images(self.folder / "elsewhere", train_count=8) / "train"
         for data, count in ((flat, figures["count"]), (other, 24), (self.data, 9)):
-            figures, printed = self.evaluate(self.out / "best.pt", "--data", data)
-            self.assertEqual(figures["count"], count)
+            found, printed = self.evaluate(self.out / "best.pt", "--data", data)
+            self.assertEqual(found["count"], count)
             self.assertEqual("note: all images" in printed, data == other)
         self.assert_errors(
             train.main, (("--data", self.data, "--val-split", 0.4), "without val/: .* has one"),
             (("--data", flat, "--resume", "--val-split", 0.3), "val-split 0.3 contradicts"))
         self.assertIn("problems found: none", run(train.main, "--data", flat, "--check"))
-        (flat.parent / "train").rename(flat.parent / "other")
+        flat.rename(flat.with_name("other"))
         self.assert_errors(train.main, (("--data", flat.parent), "has val/ but no train/: it"))
+        flat.with_name("other").rename(flat)
+        shutil.rmtree(flat.with_name("val"))
+        same, _ = self.evaluate(self.out / "best.pt", "--data", flat.parent)
+        self.assertEqual((same["count"], same["loss"]), (figures["count"], line["val_loss"]))
+        torch.save(self.best, self.folder / "given.pt")  # whose run had a val/
+        self.assert_errors(evaluate.main, ((self.folder / "given.pt", "--data", flat.parent),
+                                           "has train/ but no val/: give another --data"))
 
     def test_a_head_for_other_classes_is_made_anew(self) -> None:
         path, head = self.folder / "weights.pt", self.best["model"]["fc.weight"]
