@@ -73,24 +73,23 @@ DEFAULTS = dict(
     teacher_layer=None, val_split=None, workers=None, device="auto", precision="auto",
     compile=False)
 
-# The first six are flags, too. students: number of student layers. momentum: at the peak of the lr,
-# and at both ends. fine_tune: fit the classifiers first, let their error decide the lr, and average
-# the weights (only if the last layer is linear; else the lr is this one). whiten: begin with a
-# first convolution that whitens the images. scratch: what is different from random weights.
+# The first six are flags, too. students: number of student layers. fine_tune: fit the classifiers
+# first, let their error decide the lr, and average the weights (only if the last layer is linear;
+# else the lr is this one). whiten: begin with a first convolution that whitens the images.
+# scratch: what is different from random weights.
 TUNED = dict(
     alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
-    detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, momentum=(0.9, 0.9),
-    nesterov=True, weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
+    detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
+    weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
     whiten=False,
-    scratch=dict(lr=0.05, batch_size=32, momentum=(0.85, 0.95), crop_scale=(0.6, 1.0),
-                 fine_tune=False, whiten=True))
+    scratch=dict(lr=0.05, batch_size=32, crop_scale=(0.6, 1.0), fine_tune=False, whiten=True))
 RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
     "blog": dict(  # the published walk-through
         alpha=0.5, hint=1.0, labels=0.0, soft=0.0, batch_size=32, lr=0.01, students=1,
         detach_teacher=False, normalize=False, train_adapter=False, one_cycle=False,
-        momentum=(0.9, 0.9), nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
+        nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
         fine_tune=False, whiten=False, scratch={}),
 }
 RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
@@ -852,12 +851,10 @@ class Trainer:
         is_fp16 = self.machine.precision == "fp16"
         self.lr = lr = recipe["lr"] if self.args.lr is None else self.args.lr
         # Fused, a first step that fp16's scaler skips would leave the momentum uninitialised.
-        at_peak, highest = recipe["momentum"]
-        self.optimizer = SGD(groups, lr=lr, momentum=highest, nesterov=recipe["nesterov"],
+        self.optimizer = SGD(groups, lr=lr, momentum=0.9, nesterov=recipe["nesterov"],
                              fused=not is_fp16)
         self.scheduler = (OneCycleLR(self.optimizer, max_lr=lr, total_steps=max(2, steps),
-                                     base_momentum=at_peak, max_momentum=highest)
-                          if recipe["one_cycle"]
+                                     cycle_momentum=False) if recipe["one_cycle"]
                           else ConstantLR(self.optimizer, factor=1.0, total_iters=0))
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=is_fp16)
         fine_tunes = recipe["fine_tune"] and isinstance(self.head, nn.Linear)
