@@ -1462,8 +1462,8 @@ class ComparisonTest(ImagesTestCase):
               signal_in_batch(2 * 8 + 4)):  # training in the third run, as each has 3 + 3 + 2
             self.train(*flags, code=STOPPED)
         self.assertFalse((self.out / "compare.json").exists())
-        with signal_in_batch(0) as prepare:
-            printed = self.train(*flags, "--resume")
+        with signal_in_batch(0) as prepare:  # all other flags are those of the first run
+            printed = run(train.main, "--compare", 2, "--out", self.out, "--resume")
         self.assertEqual(prepare.call_count, (8 - 4) + 8)
         runs = ["3-control", "3-distillation", "4-control", "4-distillation"]
         self.assertEqual(re.findall(r"run \d of 4: (\w+), seed (\d)", printed),

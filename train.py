@@ -1102,6 +1102,8 @@ def refuse_unfit_device(device: torch.device) -> None:
 
 def compare(given: dict) -> int:
     """Train runs that share seeds, an arm each; print what distillation gains."""
+    if given.get("resume") in ("", "auto"):
+        given = on_rank_zero(first_settings, Path(given.get("out", "."))) | given
     args, _ = settle(given | {"resume": None})
     if given.get("resume") not in (None, "", "auto") or not args.distillation or args.alpha == 0:
         raise UserError("--compare trains with distillation and without, in the folder compare in "
@@ -1117,6 +1119,15 @@ def compare(given: dict) -> int:
     names = () if "resume" in given else ("compare", "compare.json")
     with claim(Path(args.out), names):
         return run_comparison(given, args)
+
+
+def first_settings(out: Path) -> dict:
+    """The settings of the first run of a comparison to go on with; none if there is none yet."""
+    first = min(out.glob("compare/*-control/last.pt"), default=None,  # by its seed
+                key=lambda path: (len(path.parent.name), path.parent.name))
+    settings = saved_settings(read_checkpoint(first)) if first else {}
+    return {name: value for name, value in settings.items()
+            if name not in (*NOT_SAVED, "distillation")}
 
 
 def run_comparison(given: dict, args: argparse.Namespace) -> int:
@@ -1398,9 +1409,7 @@ def settle(given: dict) -> tuple[argparse.Namespace, dict | None]:
     checkpoint = None if given.get("resume") is None else on_rank_zero(read_resumed, given)
     if checkpoint:
         path = resumed_path(given["resume"], given.get("out", "."))
-        saved = DEFAULTS | vars(make_parser().parse_args(as_flags(
-            {name: value for name, value in checkpoint["args"].items() if name not in NOT_SAVED})))
-        saved |= {"data": checkpoint["data"], "out": str(path.parent)}
+        saved = saved_settings(checkpoint) | {"out": str(path.parent)}
         refuse_contradictions(given, saved)
         given = given | saved | {name: given[name] for name in CHANGEABLE if name in given}
     settings = DEFAULTS | given
@@ -1417,6 +1426,13 @@ def settle(given: dict) -> tuple[argparse.Namespace, dict | None]:
         raise UserError("--hint, --labels and --soft are all 0: use --no-distillation to train on "
                         "the cross-entropy alone")
     return args, checkpoint
+
+
+def saved_settings(checkpoint: dict) -> dict:
+    """The settings of the run that wrote a checkpoint."""
+    flags = as_flags({name: value for name, value in checkpoint["args"].items()
+                      if name not in NOT_SAVED})
+    return DEFAULTS | vars(make_parser().parse_args(flags)) | {"data": checkpoint["data"]}
 
 
 def as_flags(settings: dict) -> list[str]:
