@@ -417,18 +417,28 @@ class ImageFolder(datasets.ImageFolder):
                             f"{shorten(self.classes[label] for label in emptied)}")
 
 
+def find_folder(parent: Path, name: str) -> Path | None:
+    """A folder of this name, in small letters, in capitals or with a capital; None without it."""
+    return next((path for path in (parent / name, parent / name.title(), parent / name.upper())
+                 if os.path.isdir(path)), None)  # os.path, as Path.is_dir may raise
+
+
 def find_splits(data: str | Path) -> dict[str, Path]:
-    """Find train/ and val/, or either, in a data folder: their paths by split.
+    """Find train/ and val/ (or Train/, TRAIN/ ...), or either, in a data folder: paths by split.
 
     They are in `data` or, if both, in the one folder in it that has them. Where there is neither,
-    `data` is taken for a folder of class folders, the split "all".
+    or only images in them, as in a class called train, `data` is taken for a folder of class
+    folders, the split "all".
 
     Raises:
         UserError: it is missing, or has several such folders.
     """
-    def splits_in(folder: Path) -> dict[str, Path]:  # os.path, as Path.is_dir may raise
-        return {split: folder / split for split in ("train", "val")
-                if os.path.isdir(folder / split)}
+    def splits_in(folder: Path) -> dict[str, Path]:
+        found = {split: path for split in ("train", "val")
+                 if (path := find_folder(folder, split))}
+        has_classes = any(os.path.isdir(inside) for path in found.values()
+                          for inside in path.glob("[!.]*"))
+        return found if has_classes else {}
 
     data = Path(data)
     if not os.path.isdir(data):
@@ -493,7 +503,7 @@ def read_names(data: str | Path, classes: list[str]) -> list[str]:
     known = getattr(datasets.Imagenette, "_WNID_TO_CLASS", {})
     names = {folder: words[0] for folder, words in known.items()}
     file = Path(data, "classes.txt")
-    if Path(data).name == "train" and not file.is_file():
+    if Path(data).name.lower() == "train" and not file.is_file():
         file = Path(data).parent / "classes.txt"  # as train/ is the data where there is no val/
     if file.is_file():
         try:

@@ -716,7 +716,7 @@ class DataTest(TestCase):
         def download(root: str, size: str, download: bool) -> None:
             self.assertEqual((size, download), ("160px", True))
             for split in ("train", "val"):
-                Path(root, folder.name, split).mkdir(parents=True)
+                Path(root, folder.name, split, "n01440764").mkdir(parents=True)
 
         folder = self.folder / "new" / "imagenette2-160"
         find_data = partial(run, lambda _: train.find_data(str(folder)))
@@ -736,6 +736,10 @@ class DataTest(TestCase):
                 ("deeper", ["x/train/a", "x/val/a", "y/a"], {"train": "x/train", "val": "x/val"}),
                 ("flat", ["a", "b"], {"all": "."}), ("train", ["train/a"], {"train": "train"}),
                 ("val", ["val/a"], {"val": "val"}), ("named test", ["a", "test"], {"all": "."}),
+                ("capitals", ["Train/a", "VAL/a"], {"train": "Train", "val": "VAL"}),
+                ("vehicles", ["bus", "train", "train/.hidden"], {"all": "."}),
+                ("sets", ["training_set/a", "test_set/a"], {"all": "."}),
+                ("tested", ["Train/a", "Test/a"], {"train": "Train"}),
                 ("valid", ["train/a", "valid/a"], {"train": "train"}),
                 ("two", ["x/train/a", "x/val/a", "y/train/a", "y/val/a"], "several folders .*/x, "),
                 ("none", [], "does not exist")):
@@ -748,8 +752,11 @@ class DataTest(TestCase):
                 else:
                     with self.assertRaisesRegex(evaluate.UserError, expected):
                         evaluate.find_splits(self.folder / kind)
-        with self.assertRaisesRegex(evaluate.UserError, "train/ and valid/ but no val/: rename "):
-            train.find_data(self.folder / "valid")
+        for kind, message in (("valid", "train/ and valid/ but no val/: rename "),
+                              ("tested", "Train/ and Test/ but no val/: rename .*tested/Test to "),
+                              ("sets", "no class folders but test_set, training_set, splits by")):
+            with self.assertRaisesRegex(evaluate.UserError, message):
+                train.find_data(self.folder / kind)
 
     def test_val_is_split_off_by_content_alone(self) -> None:
         def sides(folder: Path, fraction: float = 0.5) -> dict[str, bool]:

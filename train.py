@@ -16,8 +16,8 @@ if __name__ == "__main__":  # `python -P` leaves the script's folder out
 
 # Before torch, as it checks that torch and torchvision fit together.
 from evaluate import (SIZES, ImageFolder, Machine, Parser, Predictions, Progress, UserError,
-                      find_splits, read_checkpoint, read_names, report_html, run_script,
-                      shorten, split_off, tell_left_out, write_file)
+                      find_folder, find_splits, read_checkpoint, read_names, report_html,
+                      run_script, shorten, split_off, tell_left_out, write_file)
 
 import argparse
 import contextlib
@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shlex
 import signal
 import statistics
@@ -108,6 +109,7 @@ MEANINGS = {"control": "nothing (--no-distillation)", "labels": "the labels (--h
             "distillation": "all that the loss above has"}
 VAL_SPLIT = 0.2  # of a folder without val/
 LAST_SEED = 2 ** 32 - 1
+SPLIT_NAME = r"(?i)(train|val|test|dev)(id|idation|ing)?([-_ ].*)?"
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
 
 
@@ -242,14 +244,21 @@ def find_data(data: str | None) -> dict[str, Path]:
     elif not Path(data).exists() and Path(data).name in IMAGENETTES:
         download_imagenette(Path(data))
     splits = find_splits(data)
-    for name in ("valid", "validation", "test") if [*splits] == ["train"] else ():
-        if os.path.isdir(other := splits["train"].with_name(name)):
-            raise UserError(f"data folder {data} has train/ and {name}/ but no val/: rename "
-                            f"{other} to val, or give {splits['train']}, of which --val-split "
-                            "takes a part")
-    if [*splits] == ["val"]:
+    if [*splits] == ["train"]:
+        for name in ("valid", "validation", "test"):
+            if other := find_folder(splits["train"].parent, name):
+                raise UserError(f"data folder {data} has {splits['train'].name}/ and {other.name}/ "
+                                f"but no val/: rename {other} to val, or give {splits['train']}, "
+                                "of which --val-split takes a part")
+    elif [*splits] == ["val"]:
         raise UserError(f"data folder {data} has val/ but no train/: it needs both, or class "
                         "folders alone, of which --val-split takes a part")
+    elif "all" in splits:
+        names = [path.name for path in sorted(Path(data).glob("[!.]*")) if os.path.isdir(path)]
+        if names and all(re.fullmatch(SPLIT_NAME, name) for name in names):
+            raise UserError(f"{data} has no class folders but {shorten(names)}, splits by their "
+                            "names: expected train/ and val/, each with one folder of images for "
+                            "each class")
     return splits
 
 
