@@ -63,8 +63,8 @@ from torchvision import datasets
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, is_upright, load_classifier, load_tensors,
-                         normalize, pooled, to_rgb, val_transform)
+from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, channels_first, is_upright, load_classifier,
+                         load_tensors, normalize, pooled, to_rgb, val_transform)
 
 # First half: what train.py shares (messages, images, the machine, predictions, files, the report).
 # The script alone begins at "Second half".
@@ -994,7 +994,7 @@ def heat_map(matrix: Tensor, classes: list[str]) -> str:
 
 # Second half: the script
 
-wrap("pooled")  # one node of a trace
+wrap("channels_first"), wrap("pooled")  # one node of a trace each
 
 
 class EarlyExit(nn.Module):
@@ -1009,7 +1009,7 @@ class EarlyExit(nn.Module):
         self.classifier = classifier
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(pooled(self.extractor(images)["features"]))
+        return self.classifier(pooled(channels_first(self.extractor(images)["features"])))
 
 
 def build_exits(model: nn.Module, exits: dict[str, dict[str, Tensor]]) -> dict[str, nn.Module]:

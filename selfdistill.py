@@ -22,7 +22,7 @@ import os
 import textwrap
 import threading
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
 
@@ -206,7 +206,7 @@ class HookedModel(nn.Module):
             if version != _version(output):
                 raise RuntimeError(f"the output of layer {name!r} is changed in place by a later "
                                    "layer: name that one")
-            features.append(_channels_first(output))
+            features.append(channels_first(output, images.shape[-2] / images.shape[-1]))
         *students, teacher = features
         return logits, tuple(students) if self.several else students[0], teacher
 
@@ -259,8 +259,7 @@ def pooled(features: Tensor) -> Tensor:
     """Mean of maps (N, C, H, W) over the image, or of tokens (N, L, C): (N, C)."""
     if features.ndim == 3:
         return features.mean(dim=1)
-    maps = _channels_first(features)
-    return F.avg_pool2d(maps, maps.shape[2:]).flatten(1)  # its gradient keeps the maps' layout
+    return F.avg_pool2d(features, features.shape[2:]).flatten(1)  # its gradient keeps their layout
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
@@ -285,9 +284,19 @@ def _is_tokens(output: object) -> bool:
     return isinstance(output, Tensor) and output.ndim == 3
 
 
-def _channels_first(features: Tensor) -> Tensor:
-    """Maps (N, H, W, C > H) of square images as (N, C, H, W); all others as they are."""
-    if _is_map(features) and features.shape[2] != features.shape[3]:
+def channels_first(features: Tensor, aspect: float = 1.0) -> Tensor:
+    """Maps (N, H, W, C > H) as (N, C, H, W); maps that are so already, and all else, as they are.
+
+    Args:
+        features: of images that are `aspect` times as high as wide, by which maps are told.
+        aspect: height of the images by their width. Default: 1.0
+    """
+    def fits(height: int, width: int) -> bool:
+        return abs(height - aspect * width) < max(1, aspect)  # strides may round up
+
+    if (isinstance(features, Tensor) and features.ndim == 4
+            and features.shape[1] < features.shape[3]
+            and fits(*features.shape[1:3]) and not fits(*features.shape[2:])):
         return features.permute(0, 3, 1, 2)
     return features
 
@@ -311,16 +320,20 @@ def find_layers(model: nn.Module, size: int = 224,
     model = copy.deepcopy(model)  # for hooks that leave no trace
     modules = {name: module for name, module in model.named_modules() if name}
     outputs: dict[str, tuple[Tensor, int]] = {}  # by module, in the order in which they finish
+    calls = Counter()
 
     def record(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        calls[name] += 1
         if isinstance(output, Tensor) and output.shape[:1] == (2,):  # images
             outputs[name] = output, _version(output)
 
     for name, module in modules.items():
         module.register_forward_hook(partial(record, name))
     dry_run(model, size)
-    classifier = find_classifier(model)  # neither it nor what follows is a candidate
-    outputs = dict(itertools.takewhile(lambda item: item[0] != classifier, outputs.items()))
+    classifying = [name for name in outputs if isinstance(modules[name], (nn.Linear, nn.Conv2d))]
+    # Neither the last of these nor what follows is a candidate, nor what is used more than once.
+    outputs = {name: output for name, output in itertools.takewhile(
+        lambda item: item[0] not in classifying[-1:], outputs.items()) if calls[name] == 1}
     stages: dict[int, str] = {}  # by the height of maps, the last of the outermost layers
     blocks = defaultdict(list)  # of tokens, by parent and type
     for name, (output, version) in outputs.items():

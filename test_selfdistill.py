@@ -368,6 +368,26 @@ class HookedModelTest(unittest.TestCase):
                 self.assertEqual(hooked.feature_channels(size), channels)
         with self.assertRaisesRegex(ValueError, "no 2 layers of Sequential .* names, of 0, 1$"):
             find_layers(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1)), size=32)
+        with self.assertRaisesRegex(ValueError, "no 2 layers of Sequential"):
+            find_layers(nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3)), size=32)
+
+    def test_layers_are_found_by_their_use_not_by_their_place_in_the_class(self) -> None:
+        class Network(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.head = nn.Linear(4, 2)
+                self.pool = nn.MaxPool2d(2)
+                self.convs = nn.Sequential(*(nn.Conv2d(3 if k == 0 else 4, 4, 3, padding=1)
+                                             for k in range(4)))
+
+            def forward(self, images: Tensor) -> Tensor:
+                for conv in self.convs:
+                    images = self.pool(conv(images))
+                return self.head(images.mean(dim=(2, 3)))
+
+        network = Network()
+        self.assertEqual(find_layers(network, 32, students=2), (("convs.1", "convs.2"), "convs.3"))
+        HookedModel(network, *find_layers(network, 32))(torch.randn(2, 3, 32, 32))
 
     def test_channels_may_be_last_but_the_images_must_be_first(self) -> None:
         class Moved(nn.Module):
@@ -378,7 +398,16 @@ class HookedModelTest(unittest.TestCase):
         self.assertEqual(HookedModel(network, ["0", "1"], "2").feature_channels(24), ((4, 4), 4))
         _, (maps, moved), _ = HookedModel(network, ["0", "1"], "2")(torch.randn(3, 3, 24, 24))
         assert_close(moved, maps)
-        assert_close(selfdistill.pooled(maps.movedim(1, -1)), selfdistill.pooled(maps))
+        assert_close(selfdistill.channels_first(maps.movedim(1, -1)), maps)
+        for channels, height, width, may_be_last in ((16, 64, 128, False), (32, 128, 64, False),
+                                                     (32, 64, 128, True), (64, 128, 64, True)):
+            with self.subTest(channels=channels, height=height, width=width):
+                layers = nn.Conv2d(3, channels, 4, 4), Moved(), nn.Flatten()
+                features = HookedModel(nn.Sequential(*layers), ["0", "1"], "2")(
+                    torch.randn(2, 3, height, width))[1]
+                self.assertEqual(features[0].shape, (2, channels, height // 4, width // 4))
+                if may_be_last:  # there are more of them than rows
+                    assert_close(*features)
         with self.assertRaisesRegex(ValueError, r"layer '3' gives .*\(18, 4\), which are nei"):
             HookedModel(network, "0", "3").feature_channels(24)
         with self.assertRaisesRegex(ValueError, r"layer '1' gives .*\(2, 5, 5, 4\), which are"):
