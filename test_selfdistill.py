@@ -1860,6 +1860,18 @@ class ResumeTest(ImagesTestCase):
         self.assertEqual(seeds, {"last.pt": 1, "last.1.pt": 1, "last.2.pt": 2, "last.3.pt": 3})
         self.assertEqual(len(read_log(self.out)), 1)
 
+    def test_a_run_may_begin_with_the_best_of_the_one_that_it_replaces(self) -> None:
+        self.train()
+        before = self.left_by("out")
+        with mock.patch.object(train.Trainer, "validate", side_effect=evaluate.UserError("no")):
+            self.assert_errors(train.main, (("--weights", self.out / "best.pt"), "error: no"))
+        self.assertEqual(self.left_by("out"), before)  # as the new run has written nothing
+        printed = self.train("--weights", self.out / "best.pt", "--lr", 0)
+        self.assertRegex(printed, r"kept the earlier .*best\.pt")
+        self.assertRegex(printed, "epoch 0 .*; peak lr 0\n")
+        assert_close(load(self.out / "best.pt")["model"]["features.0.0.weight"],
+                     load(self.out / "best.1.pt")["model"]["features.0.0.weight"])
+
     @unittest.skipUnless(importlib.util.find_spec("resource"), "files cannot be limited")
     def test_a_full_disk_leaves_the_earlier_files(self) -> None:
         self.train("--recipe", "blog")

@@ -989,11 +989,8 @@ if fcntl:  # a loader's worker may outlive a run that is killed, by seconds
 
 
 @contextlib.contextmanager
-def claim(out: Path, names: tuple[str, ...]) -> Iterator[None]:
-    """Lock an output folder for this run, and rename an earlier run's files of these names.
-
-    A run that fails before writing any leaves the folder as it was.
-    """
+def claim(out: Path) -> Iterator[None]:
+    """Lock an output folder for this run. If it was made for it, an empty one is removed again."""
     if rank() > 0:
         yield
         return
@@ -1011,15 +1008,11 @@ def claim(out: Path, names: tuple[str, ...]) -> Iterator[None]:
                     os.close(LOCKS.pop())
                     raise UserError(f"another run is writing to {out}: wait for it, or choose "
                                     "another --out") from None
-        renamed = keep_earlier(out, names)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     try:
         yield
     finally:
-        if not any((out / name).exists() for name in names):
-            for path, kept in renamed.items():
-                kept.rename(path)
         if fcntl:
             os.close(LOCKS.pop())
         for folder in made:
@@ -1027,39 +1020,54 @@ def claim(out: Path, names: tuple[str, ...]) -> Iterator[None]:
                 folder.rmdir()
 
 
-def keep_earlier(out: Path, names: tuple[str, ...]) -> dict[Path, Path]:
-    """Rename what an earlier run left in a folder; return the new paths by the old ones."""
-    earlier = [out / name for name in names if (out / name).exists()]
+@contextlib.contextmanager
+def earlier_kept(out: Path, names: tuple[str, ...]) -> Iterator[None]:
+    """Rename what an earlier run left under these names; back again if none of them is written."""
+    gather([])  # all processes have read --weights, which may be among them
+    earlier = [out / name for name in names if (out / name).exists()] if rank() == 0 else []
     suffix = next(k for k in itertools.count(1)
                   if not any(path.with_suffix(f".{k}{path.suffix}").exists() for path in earlier))
-    renamed = {path: path.rename(path.with_suffix(f".{suffix}{path.suffix}")) for path in earlier}
+    try:
+        renamed = {path: path.rename(path.with_suffix(f".{suffix}{path.suffix}"))
+                   for path in earlier}
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
     if renamed:
         print(f"kept the earlier {shorten(renamed)} as {shorten(renamed.values())}")
-    return renamed
+    try:
+        yield
+    finally:
+        if not any((out / name).exists() for name in names):
+            for path, kept in renamed.items():
+                kept.rename(path)
 
 
 def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
     """Train as the settings say, from a checkpoint if there is one; returns the exit code."""
     out = Path(args.out)
     goes_on = checkpoint and resumed_path(args.resume, out).resolve() == (out / "last.pt").resolve()
-    with claim(out, () if goes_on else ("best.pt", "last.pt", "log.jsonl", "report.html")):
-        return run_training(args, checkpoint)
+    with claim(out):
+        machine = Machine(args.device, args.precision, args.workers)
+        refuse_unfit_device(machine.device)
+        if machine.on_cuda:
+            torch.cuda.reset_peak_memory_stats(machine.device)
+        splits = open_splits(args.data, args.size, args.skip_unreadable, args.val_split)
+        trainer = Trainer(args, machine, *splits, resumed=checkpoint is not None)
+        names = () if goes_on else ("best.pt", "last.pt", "log.jsonl", "report.html")
+        with earlier_kept(out, names):
+            return run_training(trainer, checkpoint)
 
 
-def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
-    """Train, in a folder already claimed."""
-    machine = Machine(args.device, args.precision, args.workers)
-    refuse_unfit_device(machine.device)
-    if machine.on_cuda:
-        torch.cuda.reset_peak_memory_stats(machine.device)
-    train_set, val_set = open_splits(args.data, args.size, args.skip_unreadable, args.val_split)
-    trainer = Trainer(args, machine, train_set, val_set, resumed=checkpoint is not None)
+def run_training(trainer: Trainer, checkpoint: dict | None) -> int:
+    """Train, in a folder already claimed, and say what is done; returns the exit code."""
+    args, machine = trainer.args, trainer.machine
     if checkpoint:
         trainer.restore(checkpoint)
         checkpoint.clear()  # to free its memory
     loss = " + ".join(f"{weight:g} {name}" for name, weight in trainer.term_weights.items())
-    print(f"data       {trainer.data}: {len(train_set)} train and {len(val_set)} val images"
-          f"{' split off by their content' * trainer.is_split}, {len(train_set.classes)} classes")
+    print(f"data       {trainer.data}: {len(trainer.train_set)} train and "
+          f"{len(trainer.val_set)} val images{' split off by their content' * trainer.is_split}, "
+          f"{len(trainer.classes)} classes")
     print(f"network    {args.arch}, weights: {args.weights}, student "
           f"{', '.join(trainer.hooked.student_layers)}, teacher {trainer.hooked.teacher_layer}")
     print(f"machine    {machine.device}, {machine.precision}, {machine.workers} workers"
@@ -1081,7 +1089,7 @@ def run_training(args: argparse.Namespace, checkpoint: dict | None) -> int:
     for remark in trainer.remarks():
         print(f"note: {remark}")
     print(f"best       val accuracy {trainer.best_acc:.4f} in epoch {trainer.best_epoch} (on "
-          f"{len(val_set)} val images; ties go to the earlier epoch)")
+          f"{len(trainer.val_set)} val images; ties go to the earlier epoch)")
     memory = torch.cuda.max_memory_reserved(machine.device) if machine.on_cuda else 0
     print(f"time       {Progress.duration(time.monotonic() - trainer.began)}"
           + f", GPU memory at most {memory / 2 ** 30:.2f} GiB" * machine.on_cuda)
@@ -1126,7 +1134,7 @@ def compare(given: dict) -> int:
         raise UserError(f"--compare {args.compare} from --seed {args.seed} goes beyond the last "
                         f"seed, {LAST_SEED}")
     names = () if "resume" in given else ("compare", "compare.json")
-    with claim(Path(args.out), names):
+    with claim(Path(args.out)), earlier_kept(Path(args.out), names):
         return run_comparison(given, args)
 
 
