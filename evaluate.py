@@ -236,7 +236,7 @@ def shorten(names: Iterable, most: int = 10) -> str:
 
 # Images
 
-# Of large images; those twice as large it refuses.
+# Pillow warns of large images, which are fine here; those twice as large it refuses.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -361,7 +361,8 @@ class ImageFolder(datasets.ImageFolder):
         empty = [Path(folder).name for folder, paths in found.items() if not paths]
         if empty and not allow_empty:
             raise UserError(f"{directory} has no images of the classes {shorten(empty)}: expected "
-                            f"files that end in {', '.join(IMAGE_SUFFIXES)}")
+                            f"files that end in {', '.join(IMAGE_SUFFIXES)} (results, as of --out, "
+                            "belong elsewhere)")
         return [(path, class_to_idx[folder]) for folder, paths in found.items() for path in paths]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -477,15 +478,16 @@ def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageF
     in_val, by_label = {place: place < fraction for place in places}, defaultdict(set)
     for place, label in zip(places, images.targets):
         by_label[label].add(place)
-    alone = [images.classes[label] for label, found in by_label.items() if len(found) < 2]
-    if alone:
-        raise UserError(f"cannot split off val images in {images.root}: fewer than two different "
-                        f"images of {shorten(alone)}")
     for found in by_label.values():
         if not any(in_val[place] for place in found):
             in_val[min(found)] = True
         elif all(in_val[place] for place in found):
             in_val[max(found)] = False
+    whole = [images.classes[label] for label, found in by_label.items()
+             if len({in_val[place] for place in found}) < 2]
+    if whole:
+        raise UserError(f"cannot split off val images in {images.root}: fewer than two different "
+                        f"images of {shorten(whole)} that no other class has")
     parts = copy.copy(images), copy.copy(images)
     for part, side in zip(parts, (False, True)):
         part.keep([in_val[place] == side for place in places])

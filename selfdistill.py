@@ -28,7 +28,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision import models
@@ -37,14 +37,15 @@ from torchvision.transforms import v2
 # The statistics that torchvision's ImageNet weights were trained with, in RGB order.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+ORIENTATION = 0x0112  # EXIF's tag; Pillow has a name for it from 9.3 on
 
 
 # Images
 
 def is_upright(image: Image.Image) -> bool:
-    """Whether an image needs no turning by its EXIF orientation."""
+    """Whether an image is already upright, by its EXIF orientation."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image.getexif().get(ORIENTATION, 1) == 1
     except Exception:  # damaged EXIF data raise errors of many kinds
         return True
 
@@ -654,7 +655,7 @@ def load_classifier(checkpoint: str | os.PathLike | dict) -> tuple[nn.Module, li
 
     Returns:
         The torchvision network in eval mode, on the CPU; the names of its classes, in the order of
-        its logits; and the transform that makes a PIL image of any mode a tensor for it.
+        its logits; and the transform that turns a PIL image, as `to_rgb` takes it, into its input.
 
     Raises:
         OSError: the file cannot be opened.

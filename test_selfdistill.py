@@ -4,6 +4,7 @@ import copy
 import csv
 import doctest
 import gc
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -810,6 +811,15 @@ class DataTest(TestCase):
             shutil.copy(folder / "star" / "0.png", path) if path.name != "0.png" else None
         with self.assertRaisesRegex(evaluate.UserError, "fewer than two different images of star"):
             sides(folder)
+        low, *_, middle, high = sorted(map(str.encode, map(str, range(9))),
+                                       key=lambda content: hashlib.sha256(content).digest())
+        for name, contents in (("a", (middle, high)), ("b", (middle, low))):
+            (self.folder / "shared" / name).mkdir(parents=True)
+            for k, content in enumerate(contents):
+                (self.folder / "shared" / name / f"{k}.png").write_bytes(content)
+        # For a, its image that b has, too, would go to val; for b, it would then go back.
+        with self.assertRaisesRegex(evaluate.UserError, "images of a that no other class has"):
+            sides(self.folder / "shared")
 
     def test_each_image_is_found_once_through_links_and_what_is_no_image_is_told(self) -> None:
         write_images(self.folder / "elsewhere", train_count=2, val_count=1)
@@ -888,6 +898,7 @@ class CheckTest(TestCase):
         (path["val"] / "circle" / "bad.jpg").write_bytes(b"not an image")
         (path["train"] / "circle" / "photo.heic").write_bytes(b"")
         (path["train"] / "empty").mkdir()
+        (self.folder / "classes.txt").write_text("1 star")
         lines = self.check(code=1)
         self.assertEqual(lines[0], "note: left out of train, files and folders: 1 .heic")
         self.assertEqual(lines[3:], [
@@ -897,13 +908,16 @@ class CheckTest(TestCase):
             "  empty",
             "problem: 1 unreadable images in val/",
             "  cannot read the image val/circle/bad.jpg: cannot identify image file",
+            "problem: 1 unusable file",
+            "  classes.txt cannot be used: expected lines of a class folder, a comma and a name "
+            "(not enough values to unpack (expected 2, got 1))",
             "problem: 1 classes that only one of train/ and val/ has",
             "  empty",
             "problem: 1 images in both train/ and val/, which flatter val accuracy",
             "  train/star/0.png = val/star/leak.bmp",
             "problem: 1 images in more than one class",
             "  val/circle/0.png = val/square/circle.png",
-            "problems found: 5"])
+            "problems found: 6"])
         self.assertIn("note: 1 unreadable images in val/", self.check("--skip-unreadable", code=1))
 
 

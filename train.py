@@ -66,7 +66,7 @@ from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillat
 
 # Settings
 
-# The flags' defaults, but for those that the recipe or the data decide.
+# Default values of the flags, except those that the recipe or the data decide.
 DEFAULTS = dict(
     data=None, out=".", resume=None, save_every=10.0, compare=None,
     compare_arms=["control", "distillation"], report=False, check=False, skip_unreadable=False,
@@ -663,7 +663,8 @@ class Trainer:
             self.save()
             self.write_report(predictions)
             print(f"epoch 0    val acc {self.start_acc:.4f}, only the classifiers fitted, "
-                  f"{Progress.duration(time.perf_counter() - start)}; so peak lr "
+                  f"{Progress.duration(time.perf_counter() - start)}; "
+                  f"{'so ' * (self.args.lr is None)}peak lr "
                   f"{self.optimizer.param_groups[0]['max_lr']:.2g}", flush=True)
 
     def whiten(self) -> None:
@@ -798,7 +799,7 @@ class Trainer:
             raise UserError(f"--batch-size {args.batch_size} cannot be split evenly among "
                             f"{processes} processes: use a multiple of {processes}")
         least = self.sampler.size(len(self.sampler) - 1) // processes
-        if least < (2 if args.size <= 32 else 1):  # at 32 pixels, batch norm has one value an image
+        if least < (2 if args.size < 64 else 1):  # batch norm may have one value an image
             raise UserError(f"the smallest batch leaves a process {least} images, too few for "
                             f"batch norm at {args.size} pixels: use a larger --batch-size or "
                             "--size")
@@ -1247,6 +1248,10 @@ def check(args: argparse.Namespace) -> int:
             classes[split] - {name for _, name, _ in readable})
         (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
             error for error in found if isinstance(error, str)]
+    try:
+        read_names(folder if len(classes) == 1 else folder.parent, images.classes)
+    except UserError as error:
+        problems["unusable file"] = [str(error)]
     problems["classes that only one of train/ and val/ has"] = sorted(
         set.union(*classes.values()) - set.intersection(*classes.values()))
     if len(classes) == 1:
@@ -1330,7 +1335,7 @@ def draw_shape(name: str, rng: random.Random, size: int = 64) -> Image.Image:
     canvas.polygon([(x + r * cos(angle + tilt), y + r * sin(angle + tilt))
                     for r, angle in zip(radii, angles)],
                    fill=tuple(rng.randrange(150, 256) for _ in range(3)))
-    return image.resize((size, size), Image.Resampling.LANCZOS)
+    return image.resize((size, size), Image.LANCZOS)
 
 
 # The command line
