@@ -106,11 +106,10 @@ def run_script(main: Callable[[], None]) -> None:
         message = printable(str(error)).replace("\n", "\\n")
         sys.exit(f"{script}: error: {message}" + hint * isinstance(error, UnreadableImage))
     except (RuntimeError, OSError) as error:
-        reasons = [reason for reason, signs in FAILURES.items()
-                   if any(sign in str(error) for sign in signs)]
-        if not reasons:
-            raise
-        sys.exit(f"{script}: error: {reasons[0]}")
+        for advice, signs in FAILURES.items():
+            if any(sign in str(error) for sign in signs):
+                sys.exit(f"{script}: error: {advice}")
+        raise
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -222,9 +221,8 @@ class Progress:
     def rewrite(text: str = "") -> None:
         """Replace the line, by nothing unless a text is given, and within the terminal's width."""
         if sys.stdout.isatty():
-            text = text[:shutil.get_terminal_size().columns - 1]
             print(Progress.CLEAR, end="")
-            print(text, end="", flush=True)
+            print(text[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
 
 def shorten(names: Iterable, most: int = 10) -> str:
@@ -1179,20 +1177,16 @@ def print_summary(summary: dict) -> None:
 def read_log(checkpoint: Path) -> list[dict]:
     """The lines of the log.jsonl beside a best.pt, or of log.1.jsonl beside best.1.pt; or none."""
     path = checkpoint.with_name(re.sub("^(best|last)", "log", f"{checkpoint.stem}.jsonl"))
-    def figure(value: float) -> float:
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{value} is no figure")
-        return float(value)
-
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{"epoch": int(line["epoch"])}
-                | {key: figure(line[key]) for key in ("train_loss", "train_acc", "val_loss",
-                                                      "val_acc", "lr")}
-                | {key: None if line[key] is None else figure(line[key])
-                   for key in ("ce_loss", "distillation_loss")}
-                | {"exit_train_acc": {layer: figure(line["exit_train_acc"][layer])
-                                      for layer in lines[0]["exit_train_acc"]}} for line in lines]
+        log = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in log:
+            exits = [line["exit_train_acc"][layer] for layer in log[0]["exit_train_acc"]]
+            sides = [line[key] for key in ("ce_loss", "distillation_loss") if line[key] is not None]
+            rest = [line[key] for key in ("train_loss", "train_acc", "val_loss", "val_acc", "lr")]
+            if not (isinstance(line["epoch"], int) and all(
+                    math.isfinite(value) and value >= 0 for value in exits + sides + rest)):
+                return []
+        return log
     except (OSError, ValueError, TypeError, LookupError, OverflowError):
         return []
 
@@ -1254,10 +1248,9 @@ def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) 
         progress.advance(len(errors))
     progress.rewrite()
     if args.save_predictions:
-        best = [result.get("classes", [{"class": "", "probability": ""}])[0].values()
-                for result in results]
-        write_csv(args.save_predictions,
-                  [(path, "", *row) for path, row in zip(pictures.paths, best)])
+        unread = [{"class": "", "probability": ""}]
+        write_csv(args.save_predictions, [
+            (result["path"], "", *result.get("classes", unread)[0].values()) for result in results])
     return results
 
 

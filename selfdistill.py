@@ -64,10 +64,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = image.convert("I")
         least, greatest = image.getextrema()
-        limits = [limit for limit in (255, 4095, 65535) if 0 <= least and greatest <= limit]
-        if not limits:
+        if least < 0 or greatest > 65535:
             raise ValueError(f"pixels from {least} to {greatest}: save it with 8 or 16 bits")
-        image = image.point(lambda value: value * (255 / limits[0]) + 0.5).convert("L")
+        limit = next(limit for limit in (255, 4095, 65535) if greatest <= limit)
+        image = image.point(lambda value: value * (255 / limit) + 0.5).convert("L")
     elif image.mode == "F":
         raise ValueError("floating-point pixels, of unknown range: save it with 8 or 16 bits")
     elif image.mode == "P":
@@ -347,7 +347,7 @@ def find_layers(model: nn.Module, size: int = 224,
     depth = max(2, students)
     if len(stages) > depth:
         layers = [stages[height] for height in sorted(stages, reverse=True)][-1 - depth:]
-        found, teacher = layers[:students], layers[-1]
+        found = layers[:students]
     else:
         layers = max(blocks.values(), key=len, default=[])
         if len(layers) < 2 * students:
@@ -359,8 +359,7 @@ def find_layers(model: nn.Module, size: int = 224,
                              + f" or {len(usable) - 5} more" * (len(usable) > 5))
         found = [layers[len(layers) * (students + k) // (2 * students) - 1]
                  for k in range(students)]
-        teacher = layers[-1]
-    return found[0] if students == 1 else tuple(found), teacher
+    return found[0] if students == 1 else tuple(found), layers[-1]
 
 
 def find_classifier(model: nn.Module) -> str:
@@ -451,8 +450,7 @@ def load_tensors(path: str | os.PathLike) -> dict:
     with open(path, "rb") as file:
         try:
             if zipfile.is_zipfile(file):  # torch.save compresses nothing; a zip bomb does
-                with zipfile.ZipFile(file) as archive:
-                    unpacked = sum(entry.file_size for entry in archive.infolist())
+                unpacked = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
                 if unpacked > os.fstat(file.fileno()).st_size:
                     raise ValueError("compressed")
             file.seek(0)

@@ -191,10 +191,8 @@ def process_group() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_node_local_rank() % torch.cuda.device_count())
     torch.set_num_threads(Machine.usable_cores())  # torchrun leaves each process one thread
-    with contextlib.ExitStack() as stack:
-        if rank() > 0:
-            null = stack.enter_context(open(os.devnull, "w", errors="ignore"))
-            stack.enter_context(contextlib.redirect_stdout(null))
+    with (open(os.devnull, "w", errors="ignore") as null,
+          contextlib.redirect_stdout(null if rank() > 0 else sys.stdout)):
         try:
             yield
         except RuntimeError as error:
@@ -510,7 +508,8 @@ class Trainer:
         if self.scaler.get_scale() >= scale:  # else fp16 has overflowed, and no step was taken
             self.scheduler.step()
         if self.average:
-            self.update_average()
+            with torch.no_grad():  # like AveragedModel, but without waiting for the GPU
+                torch._foreach_lerp_(*self.averaged, 1 - self.decay)
         self.batch += 1
 
         figures = figures.detach() * len(labels)
@@ -518,17 +517,9 @@ class Trainer:
             dist.all_reduce(figures)
         self.totals += figures
 
-    @torch.no_grad()
-    def update_average(self) -> None:
-        """Move the average towards the weights as they now are.
-
-        Like AveragedModel, but without waiting for the GPU at each step.
-        """
-        torch._foreach_lerp_(*self.averaged, 1 - self.decay)
-
     def describe_loss(self) -> str:
         self.check_finite()
-        images, *terms = self.totals[:1 + len(self.term_weights)].tolist()
+        images, *terms = self.totals[:1 + len(self.criterion.weights)].tolist()
         return f"loss {sum(terms) / images:.4f}  "
 
     def attend_to_signals(self) -> bool:
@@ -546,9 +537,7 @@ class Trainer:
         broadcast(self.result)  # batch norm's statistics differ, and averages by rounding
         columns = self.run_through(fuse(self.result.hooked.model.eval()), self.val_loader,
                                    Predictions.columns, "validating: images")
-        if columns is None:
-            return None
-        return Predictions(*columns, time.perf_counter() - start)
+        return Predictions(*columns, time.perf_counter() - start) if columns else None
 
     def run_through(self, model: nn.Module, loader: DataLoader, columns_of: Callable,
                     what: str) -> list[Tensor] | None:
@@ -575,7 +564,7 @@ class Trainer:
                             "--lr; the last save is intact")
         images = self.totals[0].item()
         means = dict(zip(self.figures, (self.totals / images).tolist()))
-        terms = {name: means[name] for name in self.term_weights}
+        terms = {name: means[name] for name in self.criterion.weights}
         distillation, alpha = sum(terms.values()) - terms["cross_entropy"], self.args.alpha
         self.epoch += 1
         line = {"epoch": self.epoch, "train_loss": sum(terms.values()),
@@ -603,7 +592,7 @@ class Trainer:
         """The mean cosine between student and adapted teacher features, or their distance."""
         if "hint" not in line["terms"]:
             return ""
-        weight, layers = self.term_weights["hint"], len(self.hooked.student_layers)
+        weight, layers = self.criterion.weights["hint"], len(self.hooked.student_layers)
         distance = line["terms"]["hint"] / weight / layers
         return f"cos {1 - distance / 2:.3f}" if self.criterion.normalize else f"{distance:.4g}"
 
@@ -839,8 +828,7 @@ class Trainer:
                             f"{args.recipe}: {textwrap.shorten(str(error), 200)}") from None
         for name, parameter in self.criterion.named_parameters():
             parameter.requires_grad_(recipe["train_adapter"] or not name.startswith("adapter"))
-        self.term_weights = self.criterion.weights
-        self.figures = ("images", *self.term_weights, "train_acc", *self.exit_layers)
+        self.figures = ("images", *self.criterion.weights, "train_acc", *self.exit_layers)
         if self.machine.on_cuda and world_size() > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.hooked)
         self.distiller = Distiller(self.hooked, self.criterion, self.machine)
@@ -854,10 +842,10 @@ class Trainer:
     def make_optimizer(self) -> None:
         """SGD without decay of biases and norms, its schedule, and the average of the weights."""
         recipe, steps = self.recipe, self.args.epochs * len(self.sampler)
-        groups = [{"params": [parameter for parameter in self.distiller.parameters()
-                              if parameter.requires_grad and (parameter.ndim > 1) == is_matrix],
-                   "weight_decay": recipe["weight_decay"] if is_matrix else 0.0}
-                  for is_matrix in (True, False)]
+        trained = [tensor for tensor in self.distiller.parameters() if tensor.requires_grad]
+        matrices = [tensor for tensor in trained if tensor.ndim > 1]
+        others = [tensor for tensor in trained if tensor.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": recipe["weight_decay"]}, {"params": others}]
         is_fp16 = self.machine.precision == "fp16"
         self.lr = lr = recipe["lr"] if self.args.lr is None else self.args.lr
         # Fused, a first step that fp16's scaler skips would leave the momentum uninitialised.
@@ -980,8 +968,7 @@ class Signals:
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    with buffer.getbuffer() as content:
-        write_file(path, content)
+    write_file(path, buffer.getbuffer())
 
 
 LOCKS: list[int] = []  # descriptors of the folders that this process keeps to itself
@@ -1065,7 +1052,7 @@ def run_training(trainer: Trainer, checkpoint: dict | None) -> int:
     if checkpoint:
         trainer.restore(checkpoint)
         checkpoint.clear()  # to free its memory
-    loss = " + ".join(f"{weight:g} {name}" for name, weight in trainer.term_weights.items())
+    loss = " + ".join(f"{weight:g} {name}" for name, weight in trainer.criterion.weights.items())
     print(f"data       {trainer.data}: {len(trainer.train_set)} train and "
           f"{len(trainer.val_set)} val images{' split off by their content' * trainer.is_split}, "
           f"{len(trainer.classes)} classes")
