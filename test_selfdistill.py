@@ -1496,6 +1496,8 @@ class ComparisonTest(ImagesTestCase):
         self.assertIn("run 6 of 6: distillation, seed 4", printed)
         self.assertRegex(printed.splitlines()[-1], "^.*distillation .*, with 2 pairs: .*$")
         figures = json.loads((self.out / "compare.json").read_text())
+        run(train.main, "--compare", 2, "--out", self.out, "--resume")  # remembers the arms, too
+        self.assertEqual(json.loads((self.out / "compare.json").read_text()), figures)
         self.assertEqual([pair["seed"] for pair in figures["runs"]], [3, 4])
         self.assertEqual(list(figures["differences"]), [
             "labels - control", "distillation - control", "distillation - labels"])
@@ -1521,6 +1523,8 @@ class ComparisonTest(ImagesTestCase):
         for name in runs:
             self.assertEqual(self.last(f"out/compare/{name}")["args"]["precision"], "bf16")
         figures = (self.out / "compare.json").read_text()
+        weights = self.out / "compare" / "3-control" / "best.pt"
+        self.assert_errors(train.main, (("--compare", 2, "--weights", weights), "replaces: copy"))
         with signal_in_batch(1):
             self.train("--compare", 2, code=STOPPED)
         self.assertEqual((self.out / "compare.1.json").read_text(), figures)
@@ -1564,6 +1568,8 @@ class ComparisonTest(ImagesTestCase):
 
     def test_what_makes_no_pair_is_refused(self) -> None:
         both, arms = "--compare trains with distillation and without", "must be among them"
+        self.assert_errors(train.main, (("--compare", 2, "--resume"), "no run to go on with"))
+        self.assertFalse(self.out.exists())
         self.assert_errors(train.main, *((("--compare", 2, *flags), message) for flags, message in (
             (("--no-distillation",), both), (("--alpha", 0), both),
             (("--resume", "other/last.pt"), both), (("--compare-arms", "control"), arms),

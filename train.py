@@ -1107,8 +1107,13 @@ def refuse_unfit_device(device: torch.device) -> None:
 
 def compare(given: dict) -> int:
     """Train runs that share seeds, an arm each; print what distillation gains."""
+    out = Path(given.get("out", "."))
     if given.get("resume") in ("", "auto"):
-        given = on_rank_zero(first_settings, Path(given.get("out", "."))) | given
+        first = on_rank_zero(first_settings, out)
+        if not first and given["resume"] == "":
+            raise UserError(f"{out / 'compare'} has no run to go on with: --resume auto begins one "
+                            "with the flags given")
+        given = first | given
     args, _ = settle(given | {"resume": None})
     if given.get("resume") not in (None, "", "auto") or not args.distillation or args.alpha == 0:
         raise UserError("--compare trains with distillation and without, in the folder compare in "
@@ -1122,17 +1127,24 @@ def compare(given: dict) -> int:
         raise UserError(f"--compare {args.compare} from --seed {args.seed} goes beyond the last "
                         f"seed, {LAST_SEED}")
     names = () if "resume" in given else ("compare", "compare.json")
-    with claim(Path(args.out)), earlier_kept(Path(args.out), names):
+    if names and (out / "compare").absolute() in Path(args.weights).parents:
+        raise UserError(f"--weights {args.weights} is part of the comparison that this one "
+                        "replaces: copy it, or choose another --out")
+    with claim(out), earlier_kept(out, names):
         return run_comparison(given, args)
 
 
 def first_settings(out: Path) -> dict:
-    """The settings of the first run of a comparison to go on with; none if there is none yet."""
-    first = min(out.glob("compare/*-control/last.pt"), default=None,  # by its seed
-                key=lambda path: (len(path.parent.name), path.parent.name))
-    settings = saved_settings(read_checkpoint(first)) if first else {}
-    return {name: value for name, value in settings.items()
-            if name not in (*NOT_SAVED, "distillation")}
+    """Settings and arms of the first run of a comparison to go on with; none if there is none."""
+    first = min(out.glob("compare/[0-9]*-*/last.pt"), default=None,
+                key=lambda path: (int(path.parent.name.partition("-")[0]), path.parent.name))
+    if first is None:
+        return {}
+    saved = saved_settings(read_checkpoint(first))
+    arms = [arm for arm in ARMS if arm in DEFAULTS["compare_arms"]
+            or (out / "compare" / f"{saved['seed']}-{arm}").exists()]
+    return {name: value for name, value in saved.items()
+            if name not in (*NOT_SAVED, "distillation")} | {"compare_arms": arms}
 
 
 def run_comparison(given: dict, args: argparse.Namespace) -> int:
