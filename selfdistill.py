@@ -289,17 +289,17 @@ def channels_first(features: Tensor, aspect: float = 1.0) -> Tensor:
     """Maps (N, H, W, C > H) as (N, C, H, W); maps that are so already, and all else, as they are.
 
     Args:
-        features: of images that are `aspect` times as high as wide, by which maps are told.
-        aspect: height of the images by their width. Default: 1.0
+        features: maps of images of this aspect, by which the two layouts are told apart.
+        aspect: the images' height divided by their width. Default: 1.0
     """
-    def fits(height: int, width: int) -> bool:
-        return abs(height - aspect * width) < max(1, aspect)  # strides may round up
-
-    if (isinstance(features, Tensor) and features.ndim == 4
-            and features.shape[1] < features.shape[3]
-            and fits(*features.shape[1:3]) and not fits(*features.shape[2:])):
-        return features.permute(0, 3, 1, 2)
-    return features
+    if not isinstance(features, Tensor) or features.ndim != 4:
+        return features
+    _, first, second, third = features.shape
+    rounding = max(1, aspect)  # as strides round up; convolutions without padding cut more
+    cut = rounding if aspect == 1 else rounding + 8
+    may_be_last = abs(first - aspect * second) < rounding and first < third
+    may_be_first = abs(second - aspect * third) < cut
+    return features.permute(0, 3, 1, 2) if may_be_last and not may_be_first else features
 
 
 def find_layers(model: nn.Module, size: int = 224,

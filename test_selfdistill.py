@@ -409,6 +409,8 @@ class HookedModelTest(unittest.TestCase):
                 self.assertEqual(features[0].shape, (2, channels, height // 4, width // 4))
                 if may_be_last:  # there are more of them than rows
                     assert_close(*features)
+        unpadded = torch.randn(2, 6, 24, 108)  # of 28 x 112 pixels, convolved by 5 x 5
+        self.assertIs(selfdistill.channels_first(unpadded, 28 / 112), unpadded)
         with self.assertRaisesRegex(ValueError, r"layer '3' gives .*\(18, 4\), which are nei"):
             HookedModel(network, "0", "3").feature_channels(24)
         with self.assertRaisesRegex(ValueError, r"layer '1' gives .*\(2, 5, 5, 4\), which are"):

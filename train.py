@@ -1343,6 +1343,9 @@ def make_parser() -> Parser:
     """A parser whose result has the flags that are given, and no others."""
     number = Parser.number
 
+    def weights_named(text: str) -> str:
+        return text if text in ("imagenet", "none") else os.path.abspath(text)
+
     def by_recipe(setting: str) -> str:
         return ", ".join(f"{name} {recipe[setting]:g}" for name, recipe in RECIPES.items())
 
@@ -1410,8 +1413,8 @@ def make_parser() -> Parser:
                        "and layer3.1; blog: one)")
     group.add_argument("--teacher-layer", metavar="NAME", help="deep layer that --hint compares "
                        "them with (default: found; layer4.1 for resnet18)")
-    group.add_argument("--weights", metavar="imagenet|none|FILE", help="initial weights (default: "
-                       "imagenet; none for the drawn shapes)")
+    group.add_argument("--weights", metavar="imagenet|none|FILE", type=weights_named,
+                       help="initial weights (default: imagenet; none for the drawn shapes)")
     group.add_argument("--size", type=number(int, *SIZES), metavar="PIXELS",
                        help="height and width of the images (default: 224; 32 for the drawn "
                        "shapes)")
