@@ -417,7 +417,7 @@ class ImageFolder(datasets.ImageFolder):
 
 
 def find_folder(parent: Path, name: str) -> Path | None:
-    """A folder of this name, in small letters, in capitals or with a capital; None without it."""
+    """The folder of this name, in lower case, title case or upper case, or None."""
     return next((path for path in (parent / name, parent / name.title(), parent / name.upper())
                  if os.path.isdir(path)), None)  # os.path, as Path.is_dir may raise
 
@@ -426,8 +426,8 @@ def find_splits(data: str | Path) -> dict[str, Path]:
     """Find train/ and val/ (or Train/, TRAIN/ ...), or either, in a data folder: paths by split.
 
     They are in `data` or, if both, in the one folder in it that has them. Where there is neither,
-    or only images in them, as in a class called train, `data` is taken for a folder of class
-    folders, the split "all".
+    or no folder in them, as in a class called train, `data` is taken for a folder of class folders,
+    the split "all".
 
     Raises:
         UserError: it is missing, or has several such folders.
@@ -462,7 +462,8 @@ def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageF
     other.
 
     Raises:
-        UserError: a class has fewer than two different images, or a file cannot be read.
+        UserError: a class has fewer than two different images of its own, and not one on either
+            side; or a file cannot be read.
     """
     def place_of(path: str) -> float:
         try:
@@ -476,11 +477,13 @@ def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageF
     in_val, by_label = {place: place < fraction for place in places}, defaultdict(set)
     for place, label in zip(places, images.targets):
         by_label[label].add(place)
+    shared = Counter(place for found in by_label.values() for place in found)
     for found in by_label.values():
+        own = [place for place in found if shared[place] == 1] or found  # of no other class
         if not any(in_val[place] for place in found):
-            in_val[min(found)] = True
+            in_val[min(own)] = True
         elif all(in_val[place] for place in found):
-            in_val[max(found)] = False
+            in_val[max(own)] = False
     whole = [images.classes[label] for label, found in by_label.items()
              if len({in_val[place] for place in found}) < 2]
     if whole:

@@ -770,8 +770,10 @@ class DataTest(TestCase):
                 ("val", ["val/a"], {"val": "val"}), ("named test", ["a", "test"], {"all": "."}),
                 ("capitals", ["Train/a", "VAL/a"], {"train": "Train", "val": "VAL"}),
                 ("vehicles", ["bus", "train", "train/.hidden"], {"all": "."}),
-                ("sets", ["training_set/a", "test_set/a"], {"all": "."}),
+                ("sets", ["training_set/a", "test2017/a"], {"all": "."}),
+                ("classes", ["train_ice", "train_tgv"], {"all": "."}),
                 ("tested", ["Train/a", "Test/a"], {"train": "Train"}),
+                ("beside", ["train/a", "bus", "car"], {"train": "train"}),
                 ("valid", ["train/a", "valid/a"], {"train": "train"}),
                 ("two", ["x/train/a", "x/val/a", "y/train/a", "y/val/a"], "several folders .*/x, "),
                 ("none", [], "does not exist")):
@@ -786,9 +788,11 @@ class DataTest(TestCase):
                         evaluate.find_splits(self.folder / kind)
         for kind, message in (("valid", "train/ and valid/ but no val/: rename "),
                               ("tested", "Train/ and Test/ but no val/: rename .*tested/Test to "),
-                              ("sets", "no class folders but test_set, training_set, splits by")):
+                              ("sets", "no class folders but test2017, training_set, splits by")):
             with self.assertRaisesRegex(evaluate.UserError, message):
                 train.find_data(self.folder / kind)
+        for kind, note in (("classes", ""), ("train", ""), ("beside", ".* not read: bus, car\n")):
+            self.assertRegex(run(lambda _: train.find_data(self.folder / kind)), f"^{note}$")
 
     def test_val_is_split_off_by_content_alone(self) -> None:
         def sides(folder: Path, fraction: float = 0.5) -> dict[str, bool]:
@@ -813,15 +817,20 @@ class DataTest(TestCase):
             shutil.copy(folder / "star" / "0.png", path) if path.name != "0.png" else None
         with self.assertRaisesRegex(evaluate.UserError, "fewer than two different images of star"):
             sides(folder)
-        low, *_, middle, high = sorted(map(str.encode, map(str, range(9))),
+        low, *_, middle, high = sorted((str(k).encode() for k in range(9)),
                                        key=lambda content: hashlib.sha256(content).digest())
+        shared = self.folder / "shared"
         for name, contents in (("a", (middle, high)), ("b", (middle, low))):
-            (self.folder / "shared" / name).mkdir(parents=True)
+            (shared / name).mkdir(parents=True)
             for k, content in enumerate(contents):
-                (self.folder / "shared" / name / f"{k}.png").write_bytes(content)
-        # For a, its image that b has, too, would go to val; for b, it would then go back.
-        with self.assertRaisesRegex(evaluate.UserError, "images of a that no other class has"):
-            sides(self.folder / "shared")
+                (shared / name / f"{k}.png").write_bytes(content)
+        # One of a must go to val: not the lower one, as b would then have none to train on.
+        self.assertEqual(sides(shared), {"a/0.png": False, "a/1.png": True,
+                                         "b/0.png": False, "b/1.png": True})
+        shutil.copytree(shared / "a", shared / "c")
+        (shared / "c" / "0.png").unlink()
+        with self.assertRaisesRegex(evaluate.UserError, "images of a, c that no other"):
+            sides(shared)
 
     def test_each_image_is_found_once_through_links_and_what_is_no_image_is_told(self) -> None:
         write_images(self.folder / "elsewhere", train_count=2, val_count=1)

@@ -109,7 +109,7 @@ MEANINGS = {"control": "nothing (--no-distillation)", "labels": "the labels (--h
             "distillation": "all that the loss above has"}
 VAL_SPLIT = 0.2  # of a folder without val/
 LAST_SEED = 2 ** 32 - 1
-SPLIT_NAME = r"(?i)(train|val|test|dev)(id|idation|ing)?([-_ ].*)?"
+SPLIT_NAME = r"(?i)(train|val|test|dev|eval)(id|idation|ing|uation)?([-_ \d].*)?"
 IMAGENETTES = {"imagenette2": "full", "imagenette2-320": "320px", "imagenette2-160": "160px"}
 
 
@@ -242,21 +242,25 @@ def find_data(data: str | None) -> dict[str, Path]:
     elif not Path(data).exists() and Path(data).name in IMAGENETTES:
         download_imagenette(Path(data))
     splits = find_splits(data)
+    beside = [path.name for path in sorted(Path(data).glob("[!.]*")) if os.path.isdir(path)]
     if [*splits] == ["train"]:
         for name in ("valid", "validation", "test"):
             if other := find_folder(splits["train"].parent, name):
                 raise UserError(f"data folder {data} has {splits['train'].name}/ and {other.name}/ "
                                 f"but no val/: rename {other} to val, or give {splits['train']}, "
                                 "of which --val-split takes a part")
+        others = [name for name in beside if name.lower() != "train"]
+        if others:
+            print(f"note: {data} has folders beside train/ that are not read: {shorten(others)}")
     elif [*splits] == ["val"]:
         raise UserError(f"data folder {data} has val/ but no train/: it needs both, or class "
                         "folders alone, of which --val-split takes a part")
     elif "all" in splits:
-        names = [path.name for path in sorted(Path(data).glob("[!.]*")) if os.path.isdir(path)]
-        if names and all(re.fullmatch(SPLIT_NAME, name) for name in names):
-            raise UserError(f"{data} has no class folders but {shorten(names)}, splits by their "
+        named = [re.fullmatch(SPLIT_NAME, name) for name in beside]
+        if all(named) and len({match[1].lower() for match in named}) > 1:
+            raise UserError(f"{data} has no class folders but {shorten(beside)}, splits by their "
                             "names: expected train/ and val/, each with one folder of images for "
-                            "each class")
+                            "each class (if these are classes, put them into train/)")
     return splits
 
 
@@ -978,7 +982,7 @@ if fcntl:  # a loader's worker may outlive a run that is killed, by seconds
 
 @contextlib.contextmanager
 def claim(out: Path) -> Iterator[None]:
-    """Lock an output folder for this run. If it was made for it, an empty one is removed again."""
+    """Lock an output folder for this run; remove it in the end if made here and empty."""
     if rank() > 0:
         yield
         return
@@ -1015,19 +1019,21 @@ def earlier_kept(out: Path, names: tuple[str, ...]) -> Iterator[None]:
     earlier = [out / name for name in names if (out / name).exists()] if rank() == 0 else []
     suffix = next(k for k in itertools.count(1)
                   if not any(path.with_suffix(f".{k}{path.suffix}").exists() for path in earlier))
+    renamed = {}
     try:
-        renamed = {path: path.rename(path.with_suffix(f".{suffix}{path.suffix}"))
-                   for path in earlier}
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
-    if renamed:
-        print(f"kept the earlier {shorten(renamed)} as {shorten(renamed.values())}")
-    try:
+        for path in earlier:
+            try:
+                renamed[path] = path.rename(path.with_suffix(f".{suffix}{path.suffix}"))
+            except OSError as error:
+                raise UserError(f"cannot write to {out}: {error.strerror}") from None
+        if renamed:
+            print(f"kept the earlier {shorten(renamed)} as {shorten(renamed.values())}")
         yield
     finally:
-        if not any((out / name).exists() for name in names):
+        if renamed and not any(path.exists() for path in renamed):
             for path, kept in renamed.items():
                 kept.rename(path)
+            print("put the earlier files back, as this run has written none")
 
 
 def fine_tune(args: argparse.Namespace, checkpoint: dict | None) -> int:
