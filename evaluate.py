@@ -459,11 +459,10 @@ def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageF
 
     An image goes to val if a hash of its file, scaled to [0, 1], is below `fraction`: renaming
     moves no image, and copies stay together. A class entirely on one side gives one image to the
-    other.
+    other, one that no other class has if there is any.
 
     Raises:
-        UserError: a class has fewer than two different images of its own, and not one on either
-            side; or a file cannot be read.
+        UserError: a class would have images on one side alone, or a file cannot be read.
     """
     def place_of(path: str) -> float:
         try:

@@ -1459,7 +1459,8 @@ class TrainingTest(ImagesTestCase):
         self.train("--size", 64, "--batch-size", 1)
         figures, _ = self.evaluate(self.out / "best.pt")
         self.assertEqual((figures["top1"], figures["top5"], figures["count"]), (1.0, None, 1))
-        self.assert_errors(train.main, ((), "leaves a process 1 images, too few"))
+        self.assert_errors(train.main, ((), "leaves a process 1 images, too few"),
+                           (("--size", 63), "batch norm at 63 pixels"))
         self.data = self.shared / "images"
         with mock.patch.object(train, "world_size", return_value=2):
             self.assert_errors(train.main, (("--batch-size", 2), "leaves a process 1 images, too"))
