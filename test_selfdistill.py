@@ -1893,7 +1893,10 @@ class ResumeTest(ImagesTestCase):
         self.assertEqual(len(read_log(self.out)), 1)
 
     def test_a_run_may_begin_with_the_best_of_the_one_that_it_replaces(self) -> None:
-        self.train()
+        self.out.mkdir()
+        (self.out / "report.html").touch()
+        self.train()  # which writes no report, and still keeps the earlier one
+        self.assertTrue((self.out / "report.1.html").exists())
         before = self.left_by("out")
         with mock.patch.object(train.Trainer, "validate", side_effect=evaluate.UserError("no")):
             self.assert_errors(train.main, (("--weights", self.out / "best.pt"), "error: no"))

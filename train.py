@@ -1030,7 +1030,7 @@ def earlier_kept(out: Path, names: tuple[str, ...]) -> Iterator[None]:
             print(f"kept the earlier {shorten(renamed)} as {shorten(renamed.values())}")
         yield
     finally:
-        if renamed and not any(path.exists() for path in renamed):
+        if renamed and not any((out / name).exists() for name in names):
             for path, kept in renamed.items():
                 kept.rename(path)
             print("put the earlier files back, as this run has written none")
