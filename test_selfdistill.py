@@ -1057,10 +1057,14 @@ class OptimizerTest(TrainerTestCase):
         decay = {parameter: group["weight_decay"] for group in trainer.optimizer.param_groups
                  for parameter in group["params"]}
         self.assertEqual(decay.keys(), {*model.parameters(), *criterion.parameters()})
-        for parameter, expected in ((model.conv1.weight, 5e-4), (model.bn1.weight, 0.0),
-                                    (model.fc.weight, 5e-4), (model.fc.bias, 0.0),
+        for parameter, expected in ((model.bn1.weight, 0.0), (model.fc.weight, 5e-4),
+                                    (model.fc.bias, 0.0),
                                     (criterion.classifiers[0].weight, 5e-4)):
             self.assertEqual(decay[parameter], expected)
+        *_, orthogonal = trainer.optimizer.param_groups
+        self.assertEqual({*orthogonal["params"]},
+                         {layer.weight for part in (model, criterion) for layer in part.modules()
+                          if isinstance(layer, nn.Conv2d)})
         self.assertTrue(all(group["nesterov"] for group in trainer.optimizer.param_groups))
         for _ in range(9):
             rates += {group["lr"] for group in trainer.optimizer.param_groups}
@@ -1070,6 +1074,35 @@ class OptimizerTest(TrainerTestCase):
         assert_close(max(rates), 0.01)
         self.assertLess(rates[0], 0.001)
         self.assertLess(trainer.optimizer.param_groups[0]["lr"], 1e-5)
+
+    def test_orthogonal_keeps_the_directions_of_filters_and_makes_their_lengths_equal(self) -> None:
+        for shape, longer in (((6, 3, 3, 3), 1), ((6, 4), 1.5 ** 0.5), ((8, 1, 2, 1), 2)):
+            filters = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            result = train.orthogonal(filters).reshape(len(filters), -1)
+            left, _, right = torch.linalg.svd(filters.flatten(1), full_matrices=False)
+            inner = left.T @ result @ right.T
+            assert_close(inner, inner.diagonal().diag(), rtol=0, atol=1e-5)
+            self.assertGreater(inner.diagonal().min(), 0.65 * longer)
+            self.assertLess(inner.diagonal().max(), 1.25 * longer)
+        assert_close(train.orthogonal(torch.zeros(4, 2)), torch.zeros(4, 2))
+
+    def test_muon_takes_orthogonal_steps_in_hidden_layers_and_those_of_sgd_elsewhere(self) -> None:
+        for fused in (False, True):
+            hidden, other, plain = (nn.Parameter(torch.ones(3, 4, 2, 2)) for _ in range(3))
+            hidden.data = hidden.data.to(memory_format=torch.channels_last)
+            options = dict(lr=0.1, momentum=0.9, nesterov=True, fused=fused)
+            muon = train.Muon([{"params": [other]}], [hidden], **options)
+            sgd, sums, expected = torch.optim.SGD([plain], **options), 0, hidden.detach().clone()
+            for seed in range(3):
+                gradient = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
+                hidden.grad = gradient.to(memory_format=torch.channels_last)
+                other.grad, plain.grad = gradient.clone(), gradient.clone()
+                muon.step()
+                sgd.step()
+                sums = 0.9 * sums + gradient
+                expected -= 0.1 * train.orthogonal(gradient + 0.9 * sums)
+            assert_close(hidden.detach(), expected)
+            assert_close(other, plain)
 
     def test_from_random_weights_the_first_convolution_whitens(self) -> None:
         trainer = self.make()
@@ -1293,7 +1326,8 @@ class TrainingTest(ImagesTestCase):
                          "recipe", "epoch", "1/2", "2/2", "best", "time", "wrote", "next"])
         self.assertIn("18 train and 9 val images, 3 classes", lines[0])
         self.assertIn("student layer2.1, layer3.1, teacher layer4.1", lines[1])
-        self.assertRegex(lines[5], r" 1/2( +\d\.\d+){2} +\d\.\d+ \d\.\d+ +cos \d\.\d+( +\d+\.\d+)")
+        self.assertRegex(lines[5],
+                         r" 1/2( +\d\.\d+){2} +\d\.\d+ \d\.\d+ +cos -?\d\.\d+( +\d+\.\d+)")
         self.assertIn(f" cos {1 - self.log[0]['terms']['hint'] / 2:.3f} ", lines[5])
         self.assertEqual([len(line) for line in lines[4:7]], [78] * 3)
         self.assertNotIn("\r", self.printed)
@@ -1470,7 +1504,7 @@ class TrainingTest(ImagesTestCase):
         with mock.patch.object(train, "draw_shapes", partial(train.draw_shapes, train=2, val=1)):
             printed = run(train.main, "--epochs", 1, "--workers", 0)
         self.assertIn("weights: none, ", printed)
-        self.assertIn("tuned: 32 px, batch 32, lr 0.05, ", printed)
+        self.assertIn("tuned: 32 px, batch 64, lr 0.05, ", printed)
         self.assertEqual(load("best.pt")["data"], str(self.folder / "data" / "shapes"))
         figures, _ = self.evaluate("best.pt")
         self.assertEqual(set(figures["per_class"]), set(train.SHAPES))

@@ -76,14 +76,14 @@ DEFAULTS = dict(
 
 # The first six are flags, too. students: number of student layers. fine_tune: fit the classifiers
 # first, let their error decide the lr, and average the weights (only if the last layer is linear;
-# else the lr is this one). whiten: begin with a first convolution that whitens the images.
-# scratch: what is different from random weights.
+# else the lr is this one). whiten: begin with a first convolution that whitens the images. muon:
+# take orthogonal steps (Muon). scratch: what is different from random weights.
 TUNED = dict(
     alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
     detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
     weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
-    whiten=False,
-    scratch=dict(lr=0.05, batch_size=32, crop_scale=(0.6, 1.0), fine_tune=False, whiten=True))
+    whiten=False, muon=False,
+    scratch=dict(lr=0.05, crop_scale=(0.6, 1.0), fine_tune=False, whiten=True, muon=True))
 RECIPES = {
     "tuned": TUNED,
     "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
@@ -91,7 +91,7 @@ RECIPES = {
         alpha=0.5, hint=1.0, labels=0.0, soft=0.0, batch_size=32, lr=0.01, students=1,
         detach_teacher=False, normalize=False, train_adapter=False, one_cycle=False,
         nesterov=False, weight_decay=0.0, label_smoothing=0.0, crop_scale=(0.08, 1.0),
-        fine_tune=False, whiten=False, scratch={}),
+        fine_tune=False, whiten=False, muon=False, scratch={}),
 }
 RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
 # What a resumed run may change; --epochs only as `refuse_contradictions` allows.
@@ -844,17 +844,21 @@ class Trainer:
         self.graphs: dict[int, Callable] = {}  # what a step calls instead, by the batch's length
 
     def make_optimizer(self) -> None:
-        """SGD without decay of biases and norms, its schedule, and the average of the weights."""
+        """SGD or Muon, without decay of biases and norms, its schedule, the weights' average."""
         recipe, steps = self.recipe, self.args.epochs * len(self.sampler)
-        trained = [tensor for tensor in self.distiller.parameters() if tensor.requires_grad]
-        matrices = [tensor for tensor in trained if tensor.ndim > 1]
-        others = [tensor for tensor in trained if tensor.ndim <= 1]
+        classifiers = {*self.head.parameters(), *self.criterion.classifiers.parameters()}
+        hidden, matrices, others = [], [], []
+        for tensor in self.distiller.parameters():
+            if tensor.requires_grad:
+                is_hidden = tensor.ndim in (2, 4) and tensor not in classifiers
+                (others if tensor.ndim <= 1 else hidden if is_hidden and recipe["muon"]
+                 else matrices).append(tensor)
         groups = [{"params": matrices, "weight_decay": recipe["weight_decay"]}, {"params": others}]
         is_fp16 = self.machine.precision == "fp16"
         self.lr = lr = recipe["lr"] if self.args.lr is None else self.args.lr
         # Fused, a first step that fp16's scaler skips would leave the momentum uninitialised.
-        self.optimizer = SGD(groups, lr=lr, momentum=0.9, nesterov=recipe["nesterov"],
-                             fused=not is_fp16)
+        options = dict(lr=lr, momentum=0.9, nesterov=recipe["nesterov"], fused=not is_fp16)
+        self.optimizer = Muon(groups, hidden, **options) if hidden else SGD(groups, **options)
         self.scheduler = (OneCycleLR(self.optimizer, max_lr=lr, total_steps=max(2, steps),
                                      cycle_momentum=False) if recipe["one_cycle"]
                           else ConstantLR(self.optimizer, factor=1.0, total_iters=0))
@@ -867,6 +871,56 @@ class Trainer:
         # Listed once, as that takes as long as averaging them does.
         self.averaged = [[tensor for tensor in (*part.parameters(), *part.buffers())
                           if tensor.is_floating_point()] for part in (self.result, self.distiller)]
+
+
+class Muon(SGD):
+    """SGD whose steps of hidden layers are orthogonal matrices: Muon, made for short runs.
+
+    All directions of a layer are learned at one rate, however unequal its gradient is: Jordan,
+    Muon: An optimizer for hidden layers in neural networks, kellerjordan.github.io/posts/muon.
+    torch.optim.Muon takes no filters, and is a newer torch's.
+
+    Args:
+        groups: groups of parameters that are to take steps of SGD.
+        hidden: matrices (K, C) and filters (K, C, H, W) that are to take orthogonal steps.
+        options: as those of SGD.
+    """
+
+    def __init__(self, groups: list[dict], hidden: list[Tensor], **options) -> None:
+        super().__init__([*groups, {"params": hidden, "momentum": 0.0}], **options)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        momentum = self.defaults["momentum"]
+        for tensor in self.param_groups[-1]["params"]:
+            if tensor.grad is not None:
+                state = self.state[tensor]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(tensor)
+                sums = state["momentum_buffer"].mul_(momentum).add_(tensor.grad)
+                tensor.grad.copy_(orthogonal(tensor.grad.add(sums, alpha=momentum)))  # Nesterov's
+        super().step(closure)
+
+
+def orthogonal(filters: Tensor) -> Tensor:
+    """Filters (K, ...) as orthogonal rows of length 1, about: by factors of 0.7 to 1.2.
+
+    Where they are more than they are long, columns are orthogonal instead. By three Newton-Schulz
+    steps with Muon's coefficients, taken by small square matrices; directions that have less than
+    a fortieth of the gradient's length stay shorter.
+    """
+    rows = filters.flatten(1)
+    count, length = rows.shape
+    if count > length:
+        return (orthogonal(rows.T).T * (count / length) ** 0.5).reshape(filters.shape)
+    rows = rows / rows.norm().clamp(min=1e-7)
+    square, factors = rows @ rows.T, []
+    for _ in range(3):
+        factor = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        factors.append(factor)
+        square = factor @ square @ factor
+    return torch.linalg.multi_dot([*factors, rows]).reshape(filters.shape)
 
 
 class Headless(nn.Module):
@@ -1387,8 +1441,7 @@ def make_parser() -> Parser:
     group.add_argument("--epochs", type=number(int, 1), metavar="N",
                        help="passes over the images (default: 5)")
     group.add_argument("--batch-size", type=number(int, 1), metavar="N", help="images a step, on "
-                       f"all processes together (default: {by_recipe('batch_size')}; from random "
-                       f"weights {TUNED['scratch']['batch_size']})")
+                       f"all processes together (default: {by_recipe('batch_size')})")
     group.add_argument("--lr", type=number(float, 0), metavar="RATE", help="peak learning rate "
                        f"(default: {LR_PER_ERROR:g} times the val error of epoch 0; from random "
                        f"weights {TUNED['scratch']['lr']:g}; blog {RECIPES['blog']['lr']:g})")
