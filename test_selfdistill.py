@@ -1051,7 +1051,7 @@ class OptimizerTest(TrainerTestCase):
     def test_tuned_trains_everything_in_one_cycle_and_decays_no_bias_or_norm(self) -> None:
         with mock.patch.object(train, "train_transform") as transform:
             trainer, rates = self.make(epochs=10), []
-        transform.assert_called_once_with(64, (0.6, 1.0), normalized=False)
+        transform.assert_called_once_with(64, (0.35, 1.0), normalized=False)
         model, criterion = trainer.model, trainer.criterion
         self.assertTrue(criterion.detach_teacher and criterion.normalize)
         decay = {parameter: group["weight_decay"] for group in trainer.optimizer.param_groups
