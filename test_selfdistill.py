@@ -1065,6 +1065,11 @@ class OptimizerTest(TrainerTestCase):
         self.assertEqual({*orthogonal["params"]},
                          {layer.weight for part in (model, criterion) for layer in part.modules()
                           if isinstance(layer, nn.Conv2d)})
+        self.assertEqual(orthogonal["weight_decay"], 0.0)
+        with mock.patch.dict(train.TUNED["scratch"], muon=False):  # as in fine-tuning
+            decayed, _ = (by_sgd := self.make()).optimizer.param_groups
+        self.assertEqual(decayed["weight_decay"], 5e-4)
+        self.assertIn(by_sgd.model.conv1.weight, {*decayed["params"]})
         self.assertTrue(all(group["nesterov"] for group in trainer.optimizer.param_groups))
         for _ in range(9):
             rates += {group["lr"] for group in trainer.optimizer.param_groups}

@@ -844,15 +844,19 @@ class Trainer:
         self.graphs: dict[int, Callable] = {}  # what a step calls instead, by the batch's length
 
     def make_optimizer(self) -> None:
-        """SGD or Muon, its schedule, and the average of the weights; only matrices decay."""
+        """SGD or Muon, its schedule, and the average of the weights; only SGD's matrices decay."""
         recipe, steps = self.recipe, self.args.epochs * len(self.sampler)
         classifiers = {*self.head.parameters(), *self.criterion.classifiers.parameters()}
         hidden, matrices, others = [], [], []
         for tensor in self.distiller.parameters():
-            if tensor.requires_grad:
-                is_hidden = tensor.ndim in (2, 4) and tensor not in classifiers
-                (others if tensor.ndim <= 1 else hidden if is_hidden and recipe["muon"]
-                 else matrices).append(tensor)
+            if not tensor.requires_grad:
+                continue
+            if tensor.ndim <= 1:
+                others.append(tensor)
+            elif recipe["muon"] and tensor.ndim in (2, 4) and tensor not in classifiers:
+                hidden.append(tensor)
+            else:
+                matrices.append(tensor)
         groups = [{"params": matrices, "weight_decay": recipe["weight_decay"]}, {"params": others}]
         is_fp16 = self.machine.precision == "fp16"
         self.lr = lr = recipe["lr"] if self.args.lr is None else self.args.lr
