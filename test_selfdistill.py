@@ -1066,6 +1066,9 @@ class OptimizerTest(TrainerTestCase):
                          {layer.weight for part in (model, criterion) for layer in part.modules()
                           if isinstance(layer, nn.Conv2d)})
         self.assertEqual(orthogonal["weight_decay"], 0.0)
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16),
+                                 ("fp16", torch.float32)):
+            self.assertEqual(self.make("cpu", precision).optimizer.dtype, dtype)
         with mock.patch.dict(train.TUNED["scratch"], muon=False):  # as in fine-tuning
             decayed, _ = (by_sgd := self.make()).optimizer.param_groups
         self.assertEqual(decayed["weight_decay"], 5e-4)
@@ -1081,12 +1084,15 @@ class OptimizerTest(TrainerTestCase):
         self.assertLess(trainer.optimizer.param_groups[0]["lr"], 1e-5)
 
     def test_orthogonal_keeps_the_directions_of_filters_and_makes_their_lengths_equal(self) -> None:
-        for shape, longer in (((6, 3, 3, 3), 1), ((6, 4), 1.5 ** 0.5), ((8, 1, 2, 1), 2)):
-            filters = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            result = train.orthogonal(filters).reshape(len(filters), -1)
-            left, _, right = torch.linalg.svd(filters.flatten(1), full_matrices=False)
-            inner = left.T @ result @ right.T
-            assert_close(inner, inner.diagonal().diag(), rtol=0, atol=1e-5)
+        for (shape, longer), (dtype, rounding) in itertools.product(
+                (((6, 3, 3, 3), 1), ((6, 4), 1.5 ** 0.5), ((8, 1, 2, 1), 2)),
+                ((torch.float32, 1e-5), (torch.bfloat16, 0.1))):
+            filters = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            result = train.orthogonal(filters)
+            self.assertEqual((result.shape, result.dtype), (shape, dtype))
+            left, _, right = torch.linalg.svd(filters.float().flatten(1), full_matrices=False)
+            inner = left.T @ result.float().flatten(1) @ right.T
+            assert_close(inner, inner.diagonal().diag(), rtol=0, atol=rounding)
             self.assertGreater(inner.diagonal().min(), 0.65 * longer)
             self.assertLess(inner.diagonal().max(), 1.25 * longer)
         assert_close(train.orthogonal(torch.zeros(4, 2)), torch.zeros(4, 2))
@@ -1096,7 +1102,7 @@ class OptimizerTest(TrainerTestCase):
             hidden, other, plain = (nn.Parameter(torch.ones(3, 4, 2, 2)) for _ in range(3))
             hidden.data = hidden.data.to(memory_format=torch.channels_last)
             options = dict(lr=0.1, momentum=0.9, nesterov=True, fused=fused)
-            muon = train.Muon([{"params": [other]}], [hidden], **options)
+            muon = train.Muon([{"params": [other]}], [hidden], torch.float32, **options)
             sgd, sums, expected = torch.optim.SGD([plain], **options), 0, hidden.detach().clone()
             for seed in range(3):
                 gradient = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(seed))

@@ -862,7 +862,9 @@ class Trainer:
         self.lr = lr = recipe["lr"] if self.args.lr is None else self.args.lr
         # Fused, a first step that fp16's scaler skips would leave the momentum uninitialised.
         options = dict(lr=lr, momentum=0.9, nesterov=recipe["nesterov"], fused=not is_fp16)
-        self.optimizer = Muon(groups, hidden, **options) if hidden else SGD(groups, **options)
+        dtype = torch.bfloat16 if self.machine.precision == "bf16" else torch.float32
+        self.optimizer = (Muon(groups, hidden, dtype, **options) if hidden
+                          else SGD(groups, **options))
         self.scheduler = (OneCycleLR(self.optimizer, max_lr=lr, total_steps=max(2, steps),
                                      cycle_momentum=False) if recipe["one_cycle"]
                           else ConstantLR(self.optimizer, factor=1.0, total_iters=0))
@@ -887,11 +889,14 @@ class Muon(SGD):
     Args:
         groups: groups of parameters that take steps of SGD.
         hidden: matrices (K, C) and filters (K, C, H, W) that take orthogonal steps, undecayed.
+        dtype: in which these are computed; bf16 is exact enough.
         options: of SGD.
     """
 
-    def __init__(self, groups: list[dict], hidden: list[Tensor], **options) -> None:
+    def __init__(self, groups: list[dict], hidden: list[Tensor], dtype: torch.dtype,
+                 **options) -> None:
         super().__init__([*groups, {"params": hidden, "momentum": 0.0}], **options)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -902,7 +907,9 @@ class Muon(SGD):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(tensor)
                 sums = state["momentum_buffer"].mul_(momentum).add_(tensor.grad)
-                tensor.grad.copy_(orthogonal(tensor.grad.add(sums, alpha=momentum)))  # Nesterov's
+                wanted = tensor.grad.add(sums, alpha=momentum).to(self.dtype)  # Nesterov's
+                wanted = wanted.movedim(1, -1)  # as channels_last lies in memory
+                tensor.grad.copy_(orthogonal(wanted).movedim(-1, 1))
         super().step(closure)
 
 
@@ -918,14 +925,15 @@ def orthogonal(filters: Tensor) -> Tensor:
     count, length = rows.shape
     if count > length:
         return (orthogonal(rows.T).T * (count / length) ** 0.5).reshape(filters.shape)
-    rows = rows / rows.norm().clamp(min=1e-7)
     square, factors = rows @ rows.T, []
+    norm = square.trace().sqrt().clamp(min=1e-7)  # of all rows
+    square /= norm ** 2
     for _ in range(3):
         factor = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
         factor.diagonal().add_(3.4445)
         factors.append(factor)
         square = factor @ square @ factor
-    return torch.linalg.multi_dot([*factors, rows]).reshape(filters.shape)
+    return torch.linalg.multi_dot([factors[0] / norm, *factors[1:], rows]).reshape(filters.shape)
 
 
 class Headless(nn.Module):
