@@ -1061,18 +1061,6 @@ class OptimizerTest(TrainerTestCase):
                                     (model.fc.bias, 0.0),
                                     (criterion.classifiers[0].weight, 5e-4)):
             self.assertEqual(decay[parameter], expected)
-        *_, orthogonal = trainer.optimizer.param_groups
-        self.assertEqual({*orthogonal["params"]},
-                         {layer.weight for part in (model, criterion) for layer in part.modules()
-                          if isinstance(layer, nn.Conv2d)})
-        self.assertEqual(orthogonal["weight_decay"], 0.0)
-        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16),
-                                 ("fp16", torch.float32)):
-            self.assertEqual(self.make("cpu", precision).optimizer.dtype, dtype)
-        with mock.patch.dict(train.TUNED["scratch"], muon=False):  # as in fine-tuning
-            decayed, _ = (by_sgd := self.make()).optimizer.param_groups
-        self.assertEqual(decayed["weight_decay"], 5e-4)
-        self.assertIn(by_sgd.model.conv1.weight, {*decayed["params"]})
         self.assertTrue(all(group["nesterov"] for group in trainer.optimizer.param_groups))
         for _ in range(9):
             rates += {group["lr"] for group in trainer.optimizer.param_groups}
@@ -1082,6 +1070,26 @@ class OptimizerTest(TrainerTestCase):
         assert_close(max(rates), 0.01)
         self.assertLess(rates[0], 0.001)
         self.assertLess(trainer.optimizer.param_groups[0]["lr"], 1e-5)
+
+    def test_muon_trains_hidden_layers_that_mix_channels_and_only_from_random_weights(self) -> None:
+        trainer = self.make()
+        *_, hidden = trainer.optimizer.param_groups
+        self.assertEqual({*hidden["params"]},
+                         {layer.weight for part in (trainer.model, trainer.criterion)
+                          for layer in part.modules() if isinstance(layer, nn.Conv2d)})
+        self.assertEqual(hidden["weight_decay"], 0.0)
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16),
+                                 ("fp16", torch.float32)):
+            trainer = self.make("cpu", precision, arch="mobilenet_v3_small")
+            self.assertEqual(trainer.optimizer.dtype, dtype)
+            depthwise, _, pointwise = trainer.model.features[1].block
+            hidden = {*trainer.optimizer.param_groups[-1]["params"]}
+            self.assertIn(pointwise[0].weight, hidden)
+            self.assertNotIn(depthwise[0].weight, hidden)
+        with mock.patch.dict(train.TUNED["scratch"], muon=False):  # as in fine-tuning
+            decayed, _ = (by_sgd := self.make()).optimizer.param_groups
+        self.assertEqual(decayed["weight_decay"], 5e-4)
+        self.assertIn(by_sgd.model.conv1.weight, {*decayed["params"]})
 
     def test_orthogonal_keeps_the_directions_of_filters_and_makes_their_lengths_equal(self) -> None:
         for (shape, longer), (dtype, rounding) in itertools.product(

@@ -853,7 +853,8 @@ class Trainer:
                 continue
             if tensor.ndim <= 1:
                 others.append(tensor)
-            elif recipe["muon"] and tensor.ndim in (2, 4) and tensor not in classifiers:
+            elif (recipe["muon"] and tensor.ndim in (2, 4) and tensor.shape[1] > 1  # not depthwise
+                  and tensor not in classifiers):
                 hidden.append(tensor)
             else:
                 matrices.append(tensor)
