@@ -220,7 +220,7 @@ class HookedModel(nn.Module):
         _, students, teacher = dry_run(self, size)
         channels = []
         for name, features in zip(self.layer_names, (*as_tuple(students), teacher)):
-            if not (_is_map(features) or _is_tokens(features)) or len(features) != 2:
+            if not _is_features(features) or len(features) != 2:
                 shape = tuple(getattr(features, "shape", ())) or type(features).__name__
                 raise ValueError(f"layer {name!r} gives features of the shape {shape}, which are "
                                  "neither maps (N, C, H, W) nor tokens (N, L, C) of N = 2 images")
@@ -275,14 +275,10 @@ def dry_run(network: nn.Module, size: int = 224) -> object:
     return network(next(network.parameters()).new_zeros(2, 3, size, size))
 
 
-def _is_map(output: object) -> bool:
-    """Whether these are feature maps of square images: (N, C, H, W), or (N, H, W, C > H)."""
-    return isinstance(output, Tensor) and output.ndim == 4 and (
-        output.shape[2] == output.shape[3] or output.shape[1] == output.shape[2] < output.shape[3])
-
-
-def _is_tokens(output: object) -> bool:
-    return isinstance(output, Tensor) and output.ndim == 3
+def _is_features(output: object) -> bool:
+    """Whether these are maps (N, C, H, W) of square images, or tokens (N, L, C)."""
+    return isinstance(output, Tensor) and (
+        output.ndim == 3 or output.ndim == 4 and output.shape[2] == output.shape[3])
 
 
 def channels_first(features: Tensor, aspect: float = 1.0) -> Tensor:
@@ -326,7 +322,7 @@ def find_layers(model: nn.Module, size: int = 224,
     def record(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         calls[name] += 1
         if isinstance(output, Tensor) and output.shape[:1] == (2,):  # images
-            outputs[name] = output, _version(output)
+            outputs[name] = channels_first(output), _version(output)
 
     for name, module in modules.items():
         module.register_forward_hook(partial(record, name))
@@ -338,11 +334,11 @@ def find_layers(model: nn.Module, size: int = 224,
     stages: dict[int, str] = {}  # by the height of maps, the last of the outermost layers
     blocks = defaultdict(list)  # of tokens, by parent and type
     for name, (output, version) in outputs.items():
-        if _is_map(output) and output.shape[2] > 1 and version == _version(output):
-            height = output.shape[2]
+        height = output.shape[-1]
+        if output.ndim == 4 and output.shape[2] == height > 1 and version == _version(output):
             if name.count(".") <= stages.get(height, name).count("."):
                 stages[height] = name
-        elif _is_tokens(output):
+        elif output.ndim == 3:
             blocks[name.rpartition(".")[0], type(modules[name])].append(name)
     depth = max(2, students)
     if len(stages) > depth:
@@ -351,8 +347,7 @@ def find_layers(model: nn.Module, size: int = 224,
     else:
         layers = max(blocks.values(), key=len, default=[])
         if len(layers) < 2 * students:
-            usable = [name for name, (output, _) in outputs.items()
-                      if _is_map(output) or _is_tokens(output)]
+            usable = [name for name, (output, _) in outputs.items() if _is_features(output)]
             raise ValueError(f"no {students + 1} layers of {type(model).__name__} suggest "
                              "themselves as student and teacher: give their names, of "
                              f"{', '.join(usable[:5]) or 'layers that give maps or tokens'}"
