@@ -91,12 +91,14 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; a user's mistake ends in one line on stderr and exit code 1."""
-    if sys.stdout is None:  # closed by `>&-`
-        sys.stdout = open(os.devnull, "w")
-    elif isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout = Output(sys.stdout.buffer, sys.stdout.encoding, "backslashreplace",
-                            line_buffering=sys.stdout.line_buffering,
-                            write_through=sys.stdout.write_through)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
+        elif type(stream) is io.TextIOWrapper:
+            setattr(sys, name, Output(stream.buffer, stream.encoding, "backslashreplace",
+                                      line_buffering=stream.line_buffering,
+                                      write_through=stream.write_through))
     script = Path(sys.argv[0]).name
     try:
         main()
@@ -893,8 +895,8 @@ def training_charts(log: list[dict], start_acc: float | None) -> str:
         return {name: [(line["epoch"], line[key]) for line in log] for name, key in keys.items()
                 if all(line[key] is not None for line in log)}
 
-    losses = lines(train="train_loss", cross_entropy="ce_loss", distillation="distillation_loss",
-                   val="val_loss")
+    losses = lines(**{"train": "train_loss", "cross entropy": "ce_loss",
+                      "distillation": "distillation_loss", "val": "val_loss"})
     accuracies = lines(train="train_acc", val="val_acc") | {
         f"{layer} (train)": [(line["epoch"], line["exit_train_acc"][layer]) for line in log]
         for layer in log[0]["exit_train_acc"]}
@@ -950,7 +952,7 @@ def line_chart(title: str, lines: dict[str, list[tuple[int, float]]], best: int,
                  f'<text x="{x}" y="10" text-anchor="middle">best</text>')
     legend = ""
     for k, (name, line) in enumerate(lines.items()):
-        name, colour = escape(name.replace("_", " ")), f"var(--c{k % 4})"
+        name, colour = escape(name), f"var(--c{k % 4})"
         legend += f'<span style="color: {colour}">{name}</span>'
         path = " ".join("{},{}".format(*place(*point)) for point in line)
         drawn.append(f'<polyline points="{path}" stroke="{colour}"/>')
@@ -1075,7 +1077,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
                                       "device", "workers")),
                           ("predict", ("data", "skip_unreadable"))):
         given = [f"--{flag.replace('_', '-')}" for flag in useless
-                 if getattr(args, flag) not in (None, False)]
+                 if getattr(args, flag) is not None and getattr(args, flag) is not False]
         if getattr(args, name) and given:
             parser.error(f"--{name} takes no {' or '.join(given)}")
     return args

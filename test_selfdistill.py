@@ -108,7 +108,7 @@ def tiny(data: Path, out: Path, *arguments: object) -> list[str]:
     """The flags of a short run of a small network, unless `arguments` say otherwise."""
     return [str(argument) for argument in
             ("--data", data, "--out", out, "--arch", "mobilenet_v3_small", "--size", 32,
-             "--weights", "none", "--epochs", 1, "--batch-size", 8, "--workers", 0,
+             "--weights", "none", "--epochs", 1, "--batch-size", 18, "--workers", 0,
              "--precision", "fp32", *arguments)]
 
 
@@ -1242,7 +1242,7 @@ class OptimizerTest(TrainerTestCase):
         assert_close(trainer.totals, torch.tensor(expected, dtype=torch.float32))
 
     def test_a_step_replays_what_is_recorded_and_recording_changes_nothing(self) -> None:
-        trainer = self.make()  # CudaTest has the real thing
+        trainer = self.make(arch="mobilenet_v3_small")  # CudaTest has the real thing
         before = copy.deepcopy(trainer.distiller.state_dict())
 
         def record(module: nn.Module, sample: tuple, **options: object) -> mock.Mock:
@@ -1267,7 +1267,7 @@ class OptimizerTest(TrainerTestCase):
     def test_graphs_are_recorded_once_on_a_gpu_and_not_if_compiled(self) -> None:
         with mock.patch.object(torch, "compile", copy.copy):
             for is_compiled in (False, True):
-                trainer = self.make(compile=is_compiled, epochs=2)
+                trainer = self.make(compile=is_compiled, epochs=2, arch="mobilenet_v3_small")
                 trainer.machine.on_cuda = True
                 with mock.patch.object(trainer, "record_graphs") as record:
                     record.side_effect = lambda: trainer.graphs.update({18: trainer.distiller})
@@ -1410,7 +1410,7 @@ class TrainingTest(ImagesTestCase):
     def test_weights_repeat_bit_for_bit_whatever_the_workers(self) -> None:
         runs = {"first": (), "again": ("--workers", 2), "other": ("--seed", 1)}
         for out, flags in runs.items():
-            self.train(*flags, out=out)
+            self.train("--batch-size", 8, *flags, out=out)
         first, again, other = (self.last(out)["run"] for out in runs)
         assert_close(again["distiller"], first["distiller"], rtol=0, atol=0)
         for part in ("hooked", "criterion"):
@@ -1561,7 +1561,9 @@ class ComparisonTest(ImagesTestCase):
         self.assertIn("run 6 of 6: distillation, seed 4", printed)
         self.assertRegex(printed.splitlines()[-1], "^.*distillation .*, with 2 pairs: .*$")
         figures = json.loads((self.out / "compare.json").read_text())
-        run(train.main, "--compare", 2, "--out", self.out, "--resume")  # remembers the arms, too
+        with mock.patch.object(train, "fine_tune", return_value=0) as again:  # each has ended
+            run(train.main, "--compare", 2, "--out", self.out, "--resume")
+        self.assertEqual(again.call_count, 6)  # the arms are remembered, too
         self.assertEqual(json.loads((self.out / "compare.json").read_text()), figures)
         self.assertEqual([pair["seed"] for pair in figures["runs"]], [3, 4])
         self.assertEqual(list(figures["differences"]), [
@@ -1573,7 +1575,7 @@ class ComparisonTest(ImagesTestCase):
             self.assertEqual(contents(alone), contents(read_log(self.out / f"compare/4-{arm}")))
 
     def test_it_goes_on_where_it_was_stopped_and_keeps_an_earlier_one(self) -> None:
-        flags = ("--compare", 2, "--seed", 3, "--precision", "auto")
+        flags = ("--compare", 2, "--seed", 3, "--precision", "auto", "--batch-size", 8)
         # The first run alone chooses the precision.
         with (mock.patch.object(evaluate.Machine, "best_precision", side_effect=["bf16"]),
               signal_in_batch(2 * 8 + 4)):  # training in the third run, as each has 3 + 3 + 2
@@ -1780,6 +1782,7 @@ class ResumeTest(ImagesTestCase):
                  ((2, 0, 0, 18 + 18), (whiten + 3 + 1, 0, 3, 6), (2 + 1, 1, 1, 12))),
                 (("--weights", weights), ((1, 0, 0, 18), (3 + 1, 0, 0, 18 + 18 + 6),
                                           (fit + epoch + 1, 1, 1, 12)))):
+            flags = ("--batch-size", 8, *flags)
             with self.subTest(flags):
                 torch.save(state, weights)
                 self.train("--epochs", 2, *flags, out="expected")
@@ -1802,7 +1805,8 @@ class ResumeTest(ImagesTestCase):
     @unittest.skipUnless(hasattr(signal, "SIGUSR1"), "signals are those of POSIX")
     def test_sigusr1_saves_and_goes_on_and_other_signals_finish_the_step_and_save(self) -> None:
         for number, code, workers in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)):
-            process, positions = self.start("out", "--epochs", 10000, "--workers", workers), set()
+            process, positions = self.start("out", "--epochs", 10000, "--batch-size", 8,
+                                            "--workers", workers), set()
             process.wait_for("1/10000 ")
             while len(positions) < 2:  # epochs alone, without a batch, would be saved at their ends
                 os.kill(process.pid, signal.SIGUSR1)
@@ -1870,7 +1874,7 @@ class ResumeTest(ImagesTestCase):
         for minutes, saves in (((), 1 + 1), (("--save-every", 0), 1 + 3 + 1)):
             with mock.patch.object(train.Trainer, "save", autospec=True,
                                    side_effect=train.Trainer.save) as save:
-                self.train(*minutes)
+                self.train("--batch-size", 8, *minutes)
             self.assertEqual(save.call_count, saves)
 
     def test_flags_come_from_the_checkpoint_and_must_not_contradict_it(self) -> None:
@@ -1882,19 +1886,20 @@ class ResumeTest(ImagesTestCase):
             (("--resume", flag, value),
              f"{flag} .*{value}.* contradicts the run to resume, which has .*{saved}")
             for flag, value, saved in (
-                ("--seed", 5, 0), ("--size", 64, 32), ("--batch-size", 4, 8), ("--hint", 2.0, 1.0),
+                ("--seed", 5, 0), ("--size", 64, 32), ("--batch-size", 4, 18), ("--hint", 2.0, 1.0),
                 ("--recipe", "blog", "tuned"), ("--lr", 0.5, 0.01), ("--alpha", 0.5, 0.25),
                 ("--weights", "imagenet", "none"), ("--precision", "bf16", "fp32"),
                 ("--epochs", 2, "1: its learning rate ends there"),
                 ("--student-layer", "features.3", "features.2"))))
 
     def test_epochs_may_be_raised_at_a_constant_rate(self) -> None:
-        self.train("--recipe", "blog", "--epochs", 2, out="expected")
+        flags = ("--recipe", "blog", "--batch-size", 8)
+        self.train(*flags, "--epochs", 2, out="expected")
         with signal_in_batch(2):
-            self.train("--recipe", "blog", code=STOPPED)
+            self.train(*flags, code=STOPPED)
         self.assertIn("2 instead of 1, at the same learning rate", self.resume("--epochs", 2))
         self.assertEqual(self.left_by("out"), self.left_by("expected"))
-        self.assert_errors(train.main, (("--recipe", "blog", "--resume"), "--epochs 1 contradicts "
+        self.assert_errors(train.main, ((*flags, "--resume"), "--epochs 1 contradicts "
                                         "the run to resume, which has 2: they can only be raised"))
 
     def test_data_that_have_changed_are_refused(self) -> None:
@@ -1936,7 +1941,7 @@ class ResumeTest(ImagesTestCase):
             printed = self.train("--seed", seed)
         self.assertRegex(printed, r"kept the earlier .*best\.pt.* as .*best\.1\.pt")
         with signal_in_batch(3 + 3 + 2 + 1):
-            self.train("--seed", 3, "--epochs", 2, code=STOPPED)
+            self.train("--seed", 3, "--epochs", 2, "--batch-size", 8, code=STOPPED)
         printed = run(train.main, "--resume", self.out / "last.pt", "--out", self.folder / "other")
         self.assertEqual(load(self.folder / "other" / "best.pt")["epoch"], 2)
         run(train.main, "--resume", self.out / "last.1.pt")
@@ -2036,9 +2041,10 @@ class ProcessesTest(ImagesTestCase):
         torch.manual_seed(0)
         torch.save(models.shufflenet_v2_x0_5(num_classes=5).state_dict(),
                    self.folder / "weights.pth")
-        for count in (1, 2):  # 5 steps; 9 val images
-            self.finish(self.start_group(count, f"of{count}", "--batch-size", 4, "--hint", 1,
-                                         "--weights", self.folder / "weights.pth"))
+        groups = [self.start_group(count, f"of{count}", "--batch-size", 4, "--hint", 1, "--weights",
+                                   self.folder / "weights.pth")
+                  for count in (1, 2)]  # 5 steps; 9 val images
+        self.finish(groups[0] + groups[1])
         self.assert_close_runs("of2", "of1")
         self.assertEqual((self.folder / "of21.log").read_text(), "")  # only the first prints
 
@@ -2188,7 +2194,8 @@ class CudaTest(TrainerTestCase):
 
     def test_a_resumed_run_goes_on_as_if_never_stopped(self) -> None:
         # To the bit, but for what torch cannot do deterministically, which it warns of.
-        flags = ("--device", self.DEVICE, *RESNET18, "--epochs", 2, "--lr", 0.01)
+        flags = ("--device", self.DEVICE, *RESNET18, "--epochs", 2, "--lr", 0.01,
+                 "--batch-size", 8)
         self.addCleanup(torch.use_deterministic_algorithms, False)
         torch.use_deterministic_algorithms(True, warn_only=True)
         self.train(*flags, out="expected")
@@ -2751,11 +2758,14 @@ class BadInputTest(ImagesTestCase):
         cannot = "cannot be trained at --size 32 by --recipe tuned: "
         self.assert_errors(
             train.main, (("--arch", "resnet81"), "no classifier 'resnet81' in torchvision.models"),
-            (("--arch", "vit_b_16"), f"vit_b_16 {cannot}.*Wrong image"),
             (("--student-layer", "layer9"), "no layer 'layer9' in MobileNetV3; did you mean"),
             (("--student-layer", "classifier.0"), f"{cannot}.*changed in place"),
             (("--student-layer", "classifier.3"), f"{cannot}.*neither maps"),
             (("--student-layer", "features.0.0"), f"{cannot}.*not present in model"))
+        small = {"num_layers": 4, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+        with mock.patch("torchvision.models.vision_transformer.VisionTransformer",
+                        lambda **options: models.VisionTransformer(**options | small)):
+            self.assert_errors(train.main, (("--arch", "vit_b_16"), f"{cannot}.*Wrong image"))
 
     def test_known_failures_are_told_in_one_line(self) -> None:
         for error, message in ((OSError(24, "Too many open files"), "too many open files: use few"),

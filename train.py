@@ -61,8 +61,8 @@ from torchvision import datasets
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss, as_tuple,
-                         dry_run, find_classifier, hooked_classifier, load_tensors, pooled,
-                         train_transform, val_transform)
+                         find_classifier, hooked_classifier, load_tensors, pooled, train_transform,
+                         val_transform)
 
 # Settings
 
@@ -804,7 +804,7 @@ class Trainer:
                                               batch_size=args.batch_size // processes)
 
     def make_network(self, weights: str) -> None:
-        """Make the hooked network and its loss, and try both on one image."""
+        """Make the hooked network and its loss."""
         args, recipe, device = self.args, self.recipe, self.machine.device
         self.hooked = load_hooked(args.arch, self.classes, weights, args.student_layer,
                                   args.teacher_layer, recipe["students"])
@@ -822,8 +822,6 @@ class Trainer:
                 args.alpha, *self.hooked.feature_channels(args.size), recipe["detach_teacher"],
                 recipe["normalize"], **terms, num_classes=len(self.classes),
                 label_smoothing=recipe["label_smoothing"])
-            logits, students, teacher = dry_run(self.hooked, args.size)
-            self.criterion(logits, logits.argmax(dim=1), students, teacher)
             self.exit_layers = self.hooked.student_layers if self.criterion.classifiers else ()
             if self.exit_layers:
                 create_feature_extractor(self.model, list(self.exit_layers))  # as EarlyExit does
@@ -846,15 +844,17 @@ class Trainer:
     def make_optimizer(self) -> None:
         """SGD or Muon, its schedule, and the average of the weights; only SGD's matrices decay."""
         recipe, steps = self.recipe, self.args.epochs * len(self.sampler)
-        classifiers = {*self.head.parameters(), *self.criterion.classifiers.parameters()}
+        classifiers = {self.head, *self.criterion.classifiers}
+        mixing = {layer.weight for layer in self.distiller.modules()  # all of their inputs
+                  if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer not in classifiers
+                  and getattr(layer, "groups", 1) == 1}
         hidden, matrices, others = [], [], []
         for tensor in self.distiller.parameters():
             if not tensor.requires_grad:
                 continue
             if tensor.ndim <= 1:
                 others.append(tensor)
-            elif (recipe["muon"] and tensor.ndim in (2, 4) and tensor.shape[1] > 1  # not depthwise
-                  and tensor not in classifiers):
+            elif recipe["muon"] and tensor in mixing:
                 hidden.append(tensor)
             else:
                 matrices.append(tensor)
@@ -1073,11 +1073,11 @@ def claim(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if fcntl:
-            os.close(LOCKS.pop())
         for folder in made:
             with contextlib.suppress(OSError):  # as it is not empty
                 folder.rmdir()
+        if fcntl:
+            os.close(LOCKS.pop())
 
 
 @contextlib.contextmanager
@@ -1519,7 +1519,7 @@ def settle(given: dict) -> tuple[argparse.Namespace, dict | None]:
     if args.alpha == 1 and not args.distillation:
         raise UserError("--no-distillation with --alpha 1 leaves nothing to train on: use a "
                         "smaller --alpha")
-    if not (args.hint or args.labels or args.soft):
+    if args.distillation and not (args.hint or args.labels or args.soft):
         raise UserError("--hint, --labels and --soft are all 0: use --no-distillation to train on "
                         "the cross-entropy alone")
     return args, checkpoint
