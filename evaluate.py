@@ -363,7 +363,19 @@ class ImageFolder(datasets.ImageFolder):
             raise UserError(f"{directory} has no images of the classes {shorten(empty)}: expected "
                             f"files that end in {', '.join(IMAGE_SUFFIXES)} (results, as of --out, "
                             "belong elsewhere)")
+        self.nested = [Path(folder).name for folder, paths in found.items()
+                       if any(os.path.dirname(path) != folder for path in paths)]
+        if len(found) == len(self.nested) == 1 and not self.known_classes:
+            raise UserError(f"{directory} has one class folder, {self.nested[0]}, with folders in "
+                            f"it: if these are the classes, give {Path(*found)}")
         return [(path, class_to_idx[folder]) for folder, paths in found.items() for path in paths]
+
+    def tell(self) -> None:
+        """Print what may not be meant: files left out, and class folders with folders in them."""
+        tell_left_out(self.root, self.left_out)
+        if self.nested:
+            print(f"note: in {self.root}, folders inside a class folder are not classes, but count "
+                  f"as part of it: in {shorten(self.nested)}")
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.load(index, self.transform)
@@ -443,7 +455,7 @@ def find_splits(data: str | Path) -> dict[str, Path]:
 
     data = Path(data)
     if not os.path.isdir(data):
-        raise UserError(f"data folder {data} does not exist")
+        raise UserError(f"data folder {data} does not exist; if it was moved, give --data")
     try:
         folders = [data] if splits_in(data) else [
             folder for folder in sorted(data.iterdir()) if len(splits_in(folder)) == 2] or [data]
@@ -506,17 +518,20 @@ def read_names(data: str | Path, classes: list[str]) -> list[str]:
     """
     known = getattr(datasets.Imagenette, "_WNID_TO_CLASS", {})
     names = {folder: words[0] for folder, words in known.items()}
-    file = Path(data, "classes.txt")
+    given, file = {}, Path(data, "classes.txt")
     if Path(data).name.lower() == "train" and not file.is_file():
         file = Path(data).parent / "classes.txt"  # as train/ is the data where there is no val/
     if file.is_file():
         try:
             for line in filter(str.strip, file.read_text(encoding="utf-8-sig").splitlines()):
                 folder, name = map(str.strip, line.split(",", 1))
-                names[unicodedata.normalize("NFC", folder)] = name
+                given[unicodedata.normalize("NFC", folder)] = name
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be used: expected lines of a class folder, a comma and "
                             f"a name ({error})") from None
+    if unknown := given.keys() - classes:
+        print(f"note: {file} names {shorten(sorted(unknown))}, which are no class folders")
+    names |= given
     return [names.get(name, name) for name in classes]
 
 
@@ -1098,7 +1113,7 @@ def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
               "those of them that it learned from flatter the figures")
     dataset = ImageFolder(folder, val_transform(checkpoint["size"], normalized=False),
                           checkpoint["classes"])
-    tell_left_out(dataset.root, dataset.left_out)
+    dataset.tell()
     if args.skip_unreadable or checkpoint["args"].get("skip_unreadable"):
         dataset.leave_out(dataset.find_unreadable())
     return split_off(dataset, fraction)[1] if fraction else dataset
@@ -1123,7 +1138,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
     title = (f"{args.checkpoint}: {checkpoint['arch']}, {len(classes)} classes, epoch "
              f"{checkpoint['epoch']}, {checkpoint['size']} px, {machine.precision} on "
              f"{machine.device}")
-    print(title, f"{dataset.root}: {len(dataset)} images", sep="\n")
+    print(title, f"{dataset.root}: {len(dataset)} val images", sep="\n")
     predictions = predict(model, loader, machine)
     summary = predictions.summarize(classes)
     print_summary(predictions.summarize(labelled(classes, checkpoint["names"])))

@@ -416,13 +416,13 @@ def _make_classifier(arch: str, num_classes: int) -> nn.Module:
 def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> None:
     if weights == "imagenet":
         try:
-            state = models.get_model(arch, weights="DEFAULT").state_dict()
+            content = models.get_model(arch, weights="DEFAULT").state_dict()
         except RuntimeError as error:  # the download has another hash than it should
             raise OSError(str(error)) from None
     else:
-        state = load_tensors(weights)
+        content = load_tensors(weights)
     try:
-        state = state.get("model", state.get("state_dict", state))
+        state = content.get("model", content.get("state_dict", content))
         for prefix in ("module.", "_orig_mod.", "module."):
             consume_prefix_in_state_dict_if_present(state, prefix)
         own, head = model.state_dict(), find_classifier(model)
@@ -431,8 +431,10 @@ def _load_weights(model: nn.Module, arch: str, weights: str | os.PathLike) -> No
                 state[name] = own[name]
         model.load_state_dict(state)
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{weights}: not the weights of a torchvision {arch}: "
-                         f"{textwrap.shorten(str(error), 200)}") from None
+        held = content.get("arch", arch)  # as a best.pt says
+        raise ValueError(f"{weights}: not the weights of a torchvision {arch}"
+                         + f", but of {held}" * (held != arch)
+                         + f": {textwrap.shorten(str(error), 200)}") from None
 
 
 def load_tensors(path: str | os.PathLike) -> dict:

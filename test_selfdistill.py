@@ -847,7 +847,7 @@ class DataTest(TestCase):
         note = f"note: left out of {folder}, files and folders: "
         with contextlib.redirect_stdout(io.StringIO()) as output:
             data = evaluate.ImageFolder(folder, None)
-            evaluate.tell_left_out(data.root, data.left_out)
+            data.tell()
             named = evaluate.find_named([str(folder), str(folder / "star" / "0.JPG")])
         names = [path.removeprefix(f"{folder}/") for path in data.paths]
         self.assertEqual(names[:5], ["circle/0.png", "circle/1.png", "star/0.JPG", "star/2.gif",
@@ -860,7 +860,9 @@ class DataTest(TestCase):
                          sorted(map(os.path.realpath, [*data.paths, folder / "loose.jpg"])))
         kinds = "2 .heic, 1 hidden folder(s), 1 beside the class folders, 1 without suffix"
         self.assertEqual(output.getvalue().splitlines(),
-                         [note + kinds, note + "2 .heic, 1 hidden folder(s), 1 without suffix"])
+                         [note + kinds, f"note: in {folder}, folders inside a class folder are not "
+                          "classes, but count as part of it: in star",
+                          note + "2 .heic, 1 hidden folder(s), 1 without suffix"])
 
     def test_class_folders_that_cannot_be_used(self) -> None:
         for name in ("twice/cafe\u0301", "twice/caf\u00e9", "broken", "locked/star"):
@@ -873,6 +875,9 @@ class DataTest(TestCase):
             with (self.subTest(name), self.assertRaisesRegex(evaluate.UserError, message),
                   mock.patch("os.walk", lambda *_, onerror, **__: onerror(denied))):
                 evaluate.ImageFolder(self.folder / name, None)
+        write_images(self.folder / "above" / "images")
+        with self.assertRaisesRegex(evaluate.UserError, "class folder, images, .* give .*/images$"):
+            evaluate.ImageFolder(self.folder / "above", None)
 
     def test_classes_match_whatever_their_unicode_form(self) -> None:
         write_images(self.folder, ("star", "square"))
@@ -1229,6 +1234,10 @@ class OptimizerTest(TrainerTestCase):
         trainer.log[1]["terms"]["hint"] = 0.4
         trainer.log[1]["exit_train_acc"]["layer3.1"] = 0.5
         self.assertEqual(list(trainer.remarks()), [])
+        trainer.best_epoch = 0
+        trainer.log[1] |= {"val_acc": 0.25, "exit_train_acc": {"layer2.1": 0.1, "layer3.1": 0.4}}
+        remark, = trainer.remarks()  # which advises no longer training
+        self.assertIn("gained nothing over epoch 0", remark)
 
     def test_what_a_step_counts_is_what_its_batch_gives(self) -> None:
         trainer = self.make(soft=1.0)
@@ -1371,6 +1380,11 @@ class TrainingTest(ImagesTestCase):
         output.flush()
         self.assertEqual(buffer.getvalue(), b"a\\x1b[2J\n\\x9b\\r\\udcff\r\033[K")
         self.assertIn(r"a\x1b\nb", self.error_of(train.main, "--data", "a\033\nb"))
+        for stream in ("stdout", "stderr"):  # the latter as by --json -
+            buffer = io.BytesIO()
+            with mock.patch.object(sys, stream, io.TextIOWrapper(buffer, "utf-8")):
+                evaluate.run_script(lambda: print("a\033", file=getattr(sys, stream), flush=True))
+                self.assertEqual(buffer.getvalue(), b"a\\x1b\n")
 
     def test_evaluation_agrees_with_the_log_to_the_last_digit(self) -> None:
         figures, printed = self.evaluate(self.trained / "best.pt")
@@ -2393,7 +2407,9 @@ class EvaluationTest(ImagesTestCase):
                          ["tench", "other"])
         data = write_images(self.folder / "images", train_count=4)
         (data / "classes.txt").write_text("star, Stern, fünfzackig\n\ncircle,Kreis\n", "utf-8")
-        self.assertEqual(evaluate.read_names(data / "train", ["circle"]), ["Kreis"])
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            self.assertEqual(evaluate.read_names(data / "train", ["circle"]), ["Kreis"])
+        self.assertRegex(output.getvalue(), "^note: .*classes.txt names star, which are no class")
         self.train("--data", data, "--report")
         best = load(self.out / "best.pt")
         self.assertEqual(best["classes"], ["circle", "square", "star"])
@@ -2695,6 +2711,7 @@ class BadInputTest(ImagesTestCase):
             with contextlib.redirect_stderr(io.StringIO()) as errors:
                 run(main, "best.pt", "--no-such-flag", code=2)
             self.assertRegex(errors.getvalue(), "error: .*--no-such-flag\n$")
+        train.settle({"labels": 0.0, "hint": 0.0, "distillation": False})  # which makes sense
         self.assert_errors(evaluate.main, (("best.pt", "--batch-size", 0), "--batch-size"),
                            (("best.pt", "--data", ""), "an argument is empty"))
 
@@ -2720,7 +2737,7 @@ class BadInputTest(ImagesTestCase):
         (self.data / "train" / "star").rename(self.folder / "elsewhere")
         self.assert_errors(train.main, (("--data", nowhere), "nowhere has no class folders"),
                            (("--data", flat), "no class folders"),
-                           ((), "classes of train/ and val/ .* differ: .* star"))
+                           ((), "classes of train/ and val/ .* differ: val/ alone has star"))
         (self.data / "train" / "star").mkdir()
         self.assert_errors(train.main, ((), "train has no images of the classes star: expected"))
 
@@ -2740,6 +2757,7 @@ class BadInputTest(ImagesTestCase):
         for content, message in (
                 (None, f"cannot get the weights '{path}'"), ([1, 2], f"{path}: not a checkpoint"),
                 ({"model": 3}, other), ({"fc.weight": torch.zeros(3, 512)}, other),
+                (checkpoint_of(self.data), f"{other} resnet18, but of shufflenet_v2_x0_5: "),
                 (models.mobilenet_v3_small().state_dict(), f"{path}: {other}"),
                 ({"fc.weight": torch.zeros(3, 512), "fc.bias": torch.zeros(3)}, other),
                 (resnet18().state_dict() | nan, "not all of its weights are finite")):
@@ -2859,6 +2877,7 @@ class BadInputTest(ImagesTestCase):
             (("--export", "network.pth", "--exit", "stage2"), "which an exit is not"),
             (("--export", "network.pth", "--json", "figures.json", "--device", "cpu"),
              "takes no --json or --device"),
+            (("--export", "network.pt2", "--workers", 0), "--export takes no --workers"),
             (("--predict", "cat.jpg", "--data", "images"), "--predict takes no --data"),
             (("--export", "network.pth", "--predict", "a.jpg"), "not allowed with"),
             (("--export", self.folder / "network.onnx"), "needs the packages onnx and onnxscript"))]

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # `python -P` leaves the script's folder out
 # Before torch, as it checks that torch and torchvision fit together.
 from evaluate import (SIZES, ImageFolder, Machine, Parser, Predictions, Progress, UserError,
                       find_folder, find_splits, read_checkpoint, read_names, report_html,
-                      run_script, shorten, split_off, tell_left_out, write_file)
+                      run_script, shorten, split_off, write_file)
 
 import argparse
 import contextlib
@@ -221,15 +221,17 @@ def open_splits(data: str | None, size: int, skip_unreadable: bool,
     parts = [ImageFolder(folder.absolute(), val_transform(size, normalized=False))
              for folder in splits.values()]
     for images in parts:
-        tell_left_out(images.root, images.left_out)
+        images.tell()
         if skip_unreadable:
             images.leave_out(gather(images.find_unreadable(slice(rank(), None, world_size()))))
     if len(parts) == 1:
         return split_off(parts[0], val_split or VAL_SPLIT)
-    unmatched = sorted(set(parts[0].classes) ^ set(parts[1].classes))
-    if unmatched:
-        raise UserError(f"the classes of train/ and val/ in {splits['val'].parent} differ: only "
-                        f"one of them has {shorten(unmatched)}")
+    alone = [f"{split}/ alone has {shorten(sorted({*one.classes} - {*other.classes}))}"
+             for split, one, other in zip(splits, parts, parts[::-1])
+             if {*one.classes} - {*other.classes}]
+    if alone:
+        raise UserError(f"the classes of train/ and val/ in {splits['val'].parent} differ: "
+                        f"{', '.join(alone)}")
     return tuple(parts)
 
 
@@ -600,10 +602,10 @@ class Trainer:
         distance = line["terms"]["hint"] / weight / layers
         return f"cos {1 - distance / 2:.3f}" if self.criterion.normalize else f"{distance:.4g}"
 
-    @staticmethod
-    def print_row(*cells: str) -> None:
+    def print_row(self, *cells: str) -> None:
         """Print a line of the table of epochs, of as many cells as HEADER."""
-        print("{:>6}{:>8}{:>10}{:>12}{:>11}{:>9}{:>10}{:>12}".format(*cells), flush=True)
+        widths = (6, 8, 10, max(12, 6 * len(self.exit_layers)), 11, 9, 10, 12)
+        print("".join(map(str.rjust, cells, widths)), flush=True)
 
     def remarks(self) -> Iterator[str]:
         """Yield warnings that a user could miss in the log."""
@@ -616,7 +618,7 @@ class Trainer:
                  if last["exit_train_acc"][layer] <= first["exit_train_acc"][layer] < 1]
         if last["terms"].get("hint", -1.0) >= first["terms"].get("hint", 0.0):
             stuck.append("the hint")
-        if stuck and len(self.log) > 1:
+        if stuck and len(self.log) > 1 and self.best_epoch != 0:
             yield (f"no better at the end than in epoch 1: {shorten(stuck)}; more --epochs or a "
                    "higher --lr may help")
 
@@ -972,8 +974,8 @@ def load_hooked(arch: str, classes: list[str], weights: str, student_layer: list
     except ValueError as error:
         raise UserError(str(error)) from None
     except OSError as error:
-        raise UserError(f"cannot get the weights {weights!r} ({error}): give a FILE, or none for "
-                        "random weights") from None
+        raise UserError(f"cannot get the weights {weights!r} ({error}): give a FILE, imagenet, or "
+                        "none for random weights") from None
     if not all(tensor.isfinite().all() for tensor in hooked.state_dict().values()):
         raise UserError(f"{weights}: not all of its weights are finite")
     return hooked
@@ -1243,6 +1245,7 @@ def run_comparison(given: dict, args: argparse.Namespace) -> int:
             figures = paired_statistics(runs, arms)
             write_file(out / "compare.json", json.dumps(figures, indent=2).encode())
     if rank() == 0:
+        print(f"\nwrote      {out / 'compare.json'}, and the runs in {out / 'compare'}")
         print_comparison(figures)
     return 0
 
@@ -1307,7 +1310,7 @@ def check(args: argparse.Namespace) -> int:
     problems, notes, classes, copies = {}, {}, {}, defaultdict(list)
     for split, folder in find_data(args.data).items():
         images = ImageFolder(folder, transform=None, allow_empty=True)
-        tell_left_out(images.root, images.left_out)
+        images.tell()
         classes[split], found = set(images.classes), images.read_all(workers=args.workers)
         counts = Counter(images.classes[label] for label in images.targets).most_common()
         print(f"{split + '/':7}{len(images)} images, {len(images.classes)} classes"
