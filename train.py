@@ -929,7 +929,7 @@ def orthogonal(filters: Tensor) -> Tensor:
     if count > length:
         return (orthogonal(rows.T).T * (count / length) ** 0.5).reshape(filters.shape)
     square, factors = rows @ rows.T, []
-    norm = square.trace().sqrt().clamp(min=1e-7)  # of all rows
+    norm = square.diagonal().sum().sqrt().clamp(min=1e-7)  # of all rows
     square /= norm ** 2
     for _ in range(3):
         factor = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
