@@ -363,8 +363,8 @@ class ImageFolder(datasets.ImageFolder):
             raise UserError(f"{directory} has no images of the classes {shorten(empty)}: expected "
                             f"files that end in {', '.join(IMAGE_SUFFIXES)} (results, as of --out, "
                             "belong elsewhere)")
-        self.nested = [Path(folder).name for folder, paths in found.items()
-                       if any(os.path.dirname(path) != folder for path in paths)]
+        self.nested = [Path(folder).name for folder, paths in found.items()  # its own come first
+                       if paths and os.path.dirname(paths[-1]) != folder]
         if len(found) == len(self.nested) == 1 and not self.known_classes:
             raise UserError(f"{directory} has one class folder, {self.nested[0]}, with folders in "
                             f"it: if these are the classes, give {Path(*found)}")
@@ -1092,7 +1092,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
                                       "device", "workers")),
                           ("predict", ("data", "skip_unreadable"))):
         given = [f"--{flag.replace('_', '-')}" for flag in useless
-                 if getattr(args, flag) is not None and getattr(args, flag) is not False]
+                 if (value := getattr(args, flag)) is not None and value is not False]
         if getattr(args, name) and given:
             parser.error(f"--{name} takes no {' or '.join(given)}")
     return args

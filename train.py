@@ -226,9 +226,9 @@ def open_splits(data: str | None, size: int, skip_unreadable: bool,
             images.leave_out(gather(images.find_unreadable(slice(rank(), None, world_size()))))
     if len(parts) == 1:
         return split_off(parts[0], val_split or VAL_SPLIT)
-    alone = [f"{split}/ alone has {shorten(sorted({*one.classes} - {*other.classes}))}"
+    alone = [f"{split}/ alone has {shorten(names)}"
              for split, one, other in zip(splits, parts, parts[::-1])
-             if {*one.classes} - {*other.classes}]
+             if (names := sorted({*one.classes} - {*other.classes}))]
     if alone:
         raise UserError(f"the classes of train/ and val/ in {splits['val'].parent} differ: "
                         f"{', '.join(alone)}")
