@@ -38,6 +38,8 @@ from pathlib import Path
 from unittest import mock
 from urllib.error import URLError
 
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch: threads only wait, with such small tensors
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -63,8 +65,7 @@ HAS_CUDA = torch.cuda.device_count() > 0  # unlike is_available, it leaves CUDA 
 
 
 def setUpModule() -> None:
-    """Do not wait for the disk, nor, with such small tensors, for threads; take the CPU."""
-    torch.set_num_threads(1)
+    """Do not wait for the disk; take the CPU."""
     if START == "forkserver":  # it imports what it shall have while the first tests run
         forkserver.ensure_running()
     for patch in (mock.patch("os.fsync"),  # what tests write need not outlive a power cut
@@ -1695,11 +1696,10 @@ def wait_for(text: str, log: Path, is_alive: Callable, times: int = 1) -> None:
 
 
 def train_as_a_script(arguments: list[str], log: Path, prepare: Callable) -> None:
-    """What a `Training` does. On one thread, so that two of them do not slow each other down."""
+    """What a `Training` does."""
     if hasattr(os, "setsid"):
         os.setsid()
     os.fsync, os.environ["CUDA_VISIBLE_DEVICES"] = mock.Mock(), ""
-    torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     multiprocessing.set_start_method(None, force=True)  # of loaders' workers: the platform's own
