@@ -852,14 +852,10 @@ class Trainer:
                   and getattr(layer, "groups", 1) == 1}
         hidden, matrices, others = [], [], []
         for tensor in self.distiller.parameters():
-            if not tensor.requires_grad:
-                continue
-            if tensor.ndim <= 1:
-                others.append(tensor)
-            elif recipe["muon"] and tensor in mixing:
-                hidden.append(tensor)
-            else:
-                matrices.append(tensor)
+            if tensor.requires_grad:
+                group = (others if tensor.ndim <= 1 else
+                         hidden if recipe["muon"] and tensor in mixing else matrices)
+                group.append(tensor)
         groups = [{"params": matrices, "weight_decay": recipe["weight_decay"]}, {"params": others}]
         is_fp16 = self.machine.precision == "fp16"
         self.lr = lr = recipe["lr"] if self.args.lr is None else self.args.lr
