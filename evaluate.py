@@ -99,18 +99,23 @@ def run_script(main: Callable[[], None]) -> None:
             setattr(sys, name, Output(stream.buffer, stream.encoding, "backslashreplace",
                                       line_buffering=stream.line_buffering,
                                       write_through=stream.write_through))
-    script = Path(sys.argv[0]).name
+
+    def fail(message: str) -> None:
+        message = printable(message).replace("\n", "\\n")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         hint = " (--skip-unreadable leaves such images out)"
-        message = printable(str(error)).replace("\n", "\\n")
-        sys.exit(f"{script}: error: {message}" + hint * isinstance(error, UnreadableImage))
+        fail(str(error) + hint * isinstance(error, UnreadableImage))
     except (RuntimeError, OSError) as error:
         for advice, signs in FAILURES.items():
             if any(sign in str(error) for sign in signs):
-                sys.exit(f"{script}: error: {advice}")
+                fail(advice)
+        if getattr(error, "filename", None):  # as of a file that the user may not read
+            fail(f"{error.filename}: {error.strerror}")
         raise
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -271,12 +276,9 @@ def find_images(folder: str, left_out: Counter, seen: set[str]) -> list[str]:
         folder: to look in.
         left_out: counts what is not read: other files by suffix, and hidden folders.
         seen: real paths of folders already visited; updated.
-
-    Raises:
-        UserError: a folder cannot be read.
     """
     def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+        raise error
 
     seen.add(os.path.realpath(folder))
     above = set(map(str, Path(folder).resolve().parents))
@@ -326,11 +328,7 @@ class ImageFolder(datasets.ImageFolder):
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         folders = {}
-        try:
-            entries = list(os.scandir(directory))
-        except OSError as error:
-            raise UserError(f"cannot read the folder {directory}: {error.strerror}") from None
-        for entry in entries:
+        for entry in os.scandir(directory):
             name = unicodedata.normalize("NFC", entry.name)
             if name.startswith("."):
                 self.left_out["hidden folder(s)"] += entry.is_dir()
@@ -456,11 +454,8 @@ def find_splits(data: str | Path) -> dict[str, Path]:
     data = Path(data)
     if not os.path.isdir(data):
         raise UserError(f"data folder {data} does not exist; if it was moved, give --data")
-    try:
-        folders = [data] if splits_in(data) else [
-            folder for folder in sorted(data.iterdir()) if len(splits_in(folder)) == 2] or [data]
-    except OSError as error:
-        raise UserError(f"cannot read the folder {data}: {error.strerror}") from None
+    folders = [data] if splits_in(data) else [
+        folder for folder in sorted(data.iterdir()) if len(splits_in(folder)) == 2] or [data]
     if len(folders) > 1:
         raise UserError(f"data folder {data} has several folders with train/ and val/ in it, "
                         f"{shorten(folders)}: name one of them")
@@ -476,13 +471,10 @@ def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageF
     other, one that no other class has if there is any.
 
     Raises:
-        UserError: a class would have images on one side alone, or a file cannot be read.
+        UserError: a class would have images on one side alone.
     """
     def place_of(path: str) -> float:
-        try:
-            digest = hashlib.sha256(Path(path).read_bytes()).digest()
-        except OSError as error:
-            raise UnreadableImage(f"cannot read the image {path}: {error.strerror}") from None
+        digest = hashlib.sha256(Path(path).read_bytes()).digest()
         return int.from_bytes(digest[:8], "big") / 2 ** 64
 
     with ThreadPool(Machine.usable_cores()) as pool:
@@ -727,8 +719,6 @@ def read_checkpoint(path: str | Path) -> dict:
     """Read a best.pt or last.pt of train.py. Nothing in the file is ever executed."""
     try:
         checkpoint = load_tensors(path)
-    except OSError as error:
-        raise UserError(f"cannot open the checkpoint {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
     kinds = {"model": dict, "arch": str, "classes": list, "size": int, "mean": list, "std": list,
@@ -1284,29 +1274,11 @@ def write_csv(path: str, rows: Iterable[tuple]) -> None:
     write_file(path, text.getvalue().encode(errors="surrogateescape"))
 
 
-def export_checked(args: argparse.Namespace, checkpoint: dict, model: nn.Module) -> None:
-    """Export a network, and print how its outputs compare on some of the val images."""
-    dataset = open_val(args, checkpoint)
+def export(args: argparse.Namespace, checkpoint: dict, model: nn.Module) -> None:
+    """Write a network, once the file's outputs for some of the val images are found to be its."""
+    path, size, dataset = args.export, checkpoint["size"], open_val(args, checkpoint)
     chosen = torch.linspace(0, len(dataset) - 1, 8).long().tolist()
     images = Machine("cpu", "fp32").prepare(torch.stack([dataset[index][0] for index in chosen]))
-    difference = export(model, checkpoint, args.export, images)
-    size = checkpoint["size"]
-    print(f"{args.export}: {checkpoint['arch']}, {len(checkpoint['classes'])} classes; takes "
-          f"normalised images (N, 3, {size}, {size}); its outputs for {len(images)} val images are "
-          f"the network's, to {difference:.1g} of the largest")
-
-
-def export(model: nn.Module, checkpoint: dict, path: Path, images: Tensor) -> float:
-    """Write a network in the format of a suffix, once it has been read again and compared.
-
-    Args:
-        model: in eval mode, on the CPU.
-        checkpoint: its classes, size, mean and std go into the file, but for a .pth.
-        path: ends in one of EXPORTS.
-        images: to compare outputs on, normalised: (N, 3, H, W), at least 2.
-
-    Returns: the largest difference of a logit, as a fraction of the largest logit.
-    """
     metadata = {key: json.dumps(checkpoint[key])
                 for key in ("arch", "classes", "size", "mean", "std")}
     dynamic = ({0: torch.export.Dim("batch")},)
@@ -1327,7 +1299,9 @@ def export(model: nn.Module, checkpoint: dict, path: Path, images: Tensor) -> fl
             raise UserError(f"{path} is not written: its outputs would differ from the network's "
                             f"by up to {difference:.2g} of the largest")
         write_file(path, file.read_bytes())
-    return difference
+    print(f"{path}: {checkpoint['arch']}, {len(checkpoint['classes'])} classes; takes normalised "
+          f"images (N, 3, {size}, {size}); its outputs for {len(images)} val images are the "
+          f"network's, to {difference:.1g} of the largest")
 
 
 def export_onnx(model: nn.Module, images: Tensor, dynamic: tuple, metadata: dict[str, str],
@@ -1377,7 +1351,7 @@ def run(args: argparse.Namespace) -> dict | list[dict] | None:
         model, exits = exits[args.exit], {}
         checkpoint["arch"] += f" up to {args.exit}"
     if args.export:
-        return export_checked(args, checkpoint, model)
+        return export(args, checkpoint, model)
     if args.predict:
         return predict_paths(args, checkpoint, model)
     return evaluate(args, checkpoint, model, exits)

@@ -1052,22 +1052,19 @@ def claim(out: Path) -> Iterator[None]:
     if rank() > 0:
         yield
         return
-    try:
-        made = [folder for folder in (out, *out.parents) if not folder.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise UserError(f"cannot write to {out}: Permission denied")
-        if fcntl:
-            LOCKS.append(os.open(out, os.O_RDONLY))
-            with contextlib.suppress(OSError):  # network file systems may lock no folders
-                try:
-                    fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(LOCKS.pop())
-                    raise UserError(f"another run is writing to {out}: wait for it, or choose "
-                                    "another --out") from None
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise UserError(f"cannot write to {out}: Permission denied")
+    if fcntl:
+        LOCKS.append(os.open(out, os.O_RDONLY))
+        with contextlib.suppress(OSError):  # network file systems may lock no folders
+            try:
+                fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(LOCKS.pop())
+                raise UserError(f"another run is writing to {out}: wait for it, or choose another "
+                                "--out") from None
     try:
         yield
     finally:
@@ -1088,10 +1085,7 @@ def earlier_kept(out: Path, names: tuple[str, ...]) -> Iterator[None]:
     renamed = {}
     try:
         for path in earlier:
-            try:
-                renamed[path] = path.rename(path.with_suffix(f".{suffix}{path.suffix}"))
-            except OSError as error:
-                raise UserError(f"cannot write to {out}: {error.strerror}") from None
+            renamed[path] = path.rename(path.with_suffix(f".{suffix}{path.suffix}"))
         if renamed:
             print(f"kept the earlier {shorten(renamed)} as {shorten(renamed.values())}")
         yield
