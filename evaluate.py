@@ -605,15 +605,20 @@ class Machine:
         return normalize(self.move(images).permute(0, 3, 1, 2), *self.statistics)
 
     @torch.inference_mode()
-    def outputs(self, model: nn.Module,
-                batches: Iterable[tuple[Tensor, object]]) -> Iterator[tuple[Tensor, object]]:
-        """Yield fp32 outputs of a network in eval mode, and the rest of each batch."""
+    def outputs(self, model: nn.Module, loader: DataLoader,
+                what: str = "images") -> Iterator[tuple[Tensor, object]]:
+        """Yield fp32 outputs of a network in eval mode, and the rest of each batch; show `what`."""
         model.eval().to(self.device, memory_format=torch.channels_last)
-        for images, others in batches:
-            with self.autocast():
-                outputs = model(self.prepare(images))
-            # A worker's tensor, if kept, would keep a file open.
-            yield outputs.float(), others.clone() if isinstance(others, Tensor) else others
+        progress = Progress(what, len(loader.dataset))
+        try:
+            for images, others in loader:
+                with self.autocast():
+                    outputs = model(self.prepare(images))
+                # A worker's tensor, if kept, would keep a file open.
+                yield outputs.float(), others.clone() if isinstance(others, Tensor) else others
+                progress.advance(len(images))
+        finally:
+            progress.rewrite()
 
 
 def keep_freed_memory() -> None:
@@ -1153,14 +1158,11 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
 def predict(model: nn.Module, loader: DataLoader, machine: Machine) -> Predictions:
     """Predict the images of a loader."""
     count = timed = len(loader.dataset)
-    progress, parts = Progress("images", count), []
-    start = progress.start
+    parts, start = [], time.perf_counter()
     for logits, labels in machine.outputs(fuse(model), loader):
         parts.append(Predictions.columns(logits, labels))
-        progress.advance(len(labels))
         if len(parts) == 1 < len(loader):  # the workers have started, and the network is set up
             start, timed = time.perf_counter(), count - len(labels)
-    progress.rewrite()
     columns = [torch.cat(column).cpu() for column in zip(*parts)]
     return Predictions(*columns, (time.perf_counter() - start) * count / timed)
 
@@ -1244,9 +1246,9 @@ def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) 
     machine = open_machine(args, checkpoint)
     loader = machine.loader(pictures,
                             batch_size=args.batch_size or checkpoint["args"]["batch_size"])
-    progress, results = Progress("images", len(pictures)), []
+    results = []
     for logits, errors in machine.outputs(fuse(model), loader):
-        progress.rewrite()
+        Progress.rewrite()  # clear it, as lines follow
         for error, *row in zip(errors, *(column.tolist() for column in best_classes(logits))):
             path = pictures.paths[len(results)]
             guesses = [{"class": checkpoint["classes"][position], "probability": probability}
@@ -1254,8 +1256,6 @@ def predict_paths(args: argparse.Namespace, checkpoint: dict, model: nn.Module) 
             results.append({"path": path} | ({"error": error} if error else {"classes": guesses}))
             print(error or f"{path}: " + ", ".join("{class} {probability:.4f}".format(**guess)
                                                    for guess in guesses))
-        progress.advance(len(errors))
-    progress.rewrite()
     if args.save_predictions:
         unread = [{"class": "", "probability": ""}]
         write_csv(args.save_predictions, [

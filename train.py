@@ -551,13 +551,11 @@ class Trainer:
 
         Returns None if asked to stop.
         """
-        parts, progress = [], Progress(what, len(loader.dataset))
-        for outputs, labels in self.machine.outputs(model, loader):
+        parts = []
+        for outputs, labels in self.machine.outputs(model, loader, what):
             if self.signals.stop:
                 break
             parts.append(columns_of(outputs, labels))
-            progress.advance(len(labels))
-        progress.rewrite()
         parts = gather([[torch.cat(column).cpu() for column in zip(*parts)]])
         self.attend_to_signals()
         return None if self.stop else [torch.cat(column) for column in zip(*filter(None, parts))]
