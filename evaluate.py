@@ -318,7 +318,8 @@ class ImageFolder(datasets.ImageFolder):
         allow_empty: let a class have no images. Default: False
 
     Raises:
-        UserError: the folder is missing or empty, or has an empty class or an unknown one.
+        UserError: the folder is empty, or has an empty class or an unknown one.
+        OSError: it, or a folder in it, cannot be read.
     """
 
     def __init__(self, root: str | Path, transform: Callable | None,
