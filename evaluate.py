@@ -472,10 +472,13 @@ def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageF
     other, one that no other class has if there is any.
 
     Raises:
-        UserError: a class would have images on one side alone.
+        UserError: a class would have images on one side alone, or a file cannot be read.
     """
     def place_of(path: str) -> float:
-        digest = hashlib.sha256(Path(path).read_bytes()).digest()
+        try:
+            digest = hashlib.sha256(Path(path).read_bytes()).digest()
+        except OSError as error:  # which --skip-unreadable leaves out
+            raise UnreadableImage(f"cannot read the image {path}: {error.strerror}") from None
         return int.from_bytes(digest[:8], "big") / 2 ** 64
 
     with ThreadPool(Machine.usable_cores()) as pool:

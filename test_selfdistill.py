@@ -2751,6 +2751,10 @@ class BadInputTest(ImagesTestCase):
             image.write_bytes(content)
             self.assert_errors(train.main, ((), f"cannot read the image {image}"))
             image.write_bytes(whole)
+        self.data /= "train"  # of which val is split off, by the files' content
+        image = self.data / "star" / "gone.png"
+        image.symlink_to("nowhere")
+        self.assert_errors(train.main, ((), f"cannot read the image {image}: No such .*--skip-un"))
 
     def test_weights_that_are_missing_damaged_or_of_another_network(self) -> None:
         path, other = self.folder / "weights.pth", "not the weights of a torchvision"
@@ -2821,6 +2825,7 @@ class BadInputTest(ImagesTestCase):
 
     @unittest.skipUnless(hasattr(os, "mkfifo"), "pipes and devices are those of POSIX")
     def test_what_is_no_regular_file_is_neither_written_to_nor_replaced(self) -> None:
+        checkpoint = self.write_checkpoint()
         (self.folder / "folder").mkdir()
         (self.folder / "null").symlink_to(os.devnull)
         os.mkfifo(self.folder / "pipe")
@@ -2829,13 +2834,15 @@ class BadInputTest(ImagesTestCase):
             before = path.stat()
             with self.assertRaisesRegex(evaluate.UserError, f"{path}: it is not a regular file"):
                 evaluate.write_file(path, b"figures")
+            self.assert_errors(evaluate.main, ((checkpoint, "--workers", 0, "--json", path),
+                                               f"{path}: it is not a regular file"))
             self.assertEqual((path.stat().st_mode, path.stat().st_ino),
                              (before.st_mode, before.st_ino))
 
     def test_an_out_folder_that_cannot_be_written(self) -> None:
         file = self.folder / "file"
         file.write_text("")
-        self.assert_errors(train.main, (("--out", file), "error: .*file: File exists"))
+        self.assert_errors(train.main, (("--out", file), f"error: {file}: File exists"))
         self.assert_errors(evaluate.main, ((self.write_checkpoint(), "--workers", 0, "--json",
                                             file / "figures.json"), "cannot write .*figures.json"))
         with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")):
@@ -2847,7 +2854,8 @@ class BadInputTest(ImagesTestCase):
         for patch in (mock.patch.object(Path, "rename", side_effect=denied),
                       mock.patch("os.access", return_value=False)):
             with patch:
-                self.assert_errors(train.main, ((), "out: Permission denied"))
+                self.assert_errors(train.main, ((), f"error: (cannot write to )?{self.out}: "
+                                                    "Permission denied$"))
 
     def test_a_failed_start_leaves_everything_as_it_was(self) -> None:
         (self.out / "compare").mkdir(parents=True)
