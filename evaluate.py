@@ -63,8 +63,8 @@ from torchvision import datasets
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, channels_first, is_upright, load_classifier,
-                         load_tensors, normalize, pooled, to_rgb, val_transform)
+from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, channels_first, load_classifier, load_tensors,
+                         normalize, pooled, to_rgb, turn_of, val_transform)
 
 # First half: what train.py shares (messages, images, the machine, predictions, files, the report).
 # The script alone begins at "Second half".
@@ -257,7 +257,7 @@ def load_image(path: str) -> Tensor:
     """Read an image as `to_rgb` converts it: uint8 (3, H, W)."""
     try:
         with Image.open(path) as image:  # which reads no more than the header
-            if image.format == "JPEG" and image.mode == "RGB" and is_upright(image):
+            if image.format == "JPEG" and image.mode == "RGB" and turn_of(image) is None:
                 # Faster than Pillow, which has better messages, and will be there when torchvision
                 # has dropped its decoders.
                 with contextlib.suppress(RuntimeError, AttributeError):

@@ -28,7 +28,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision import models
@@ -37,30 +37,35 @@ from torchvision.transforms import v2
 # The statistics that torchvision's ImageNet weights were trained with, in RGB order.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-ORIENTATION = 0x0112  # EXIF's tag; Pillow has a name for it from 9.3 on
+# How to turn an image upright, by its EXIF orientation, from 2 on. ImageOps.exif_transpose fails if
+# any EXIF data are odd, as it writes all of them anew.
+TURNS = (Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
+         Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90)
 
 
 # Images
 
-def is_upright(image: Image.Image) -> bool:
-    """Whether an image is already upright, by its EXIF orientation."""
+def turn_of(image: Image.Image) -> int | None:
+    """How to transpose an image to turn it upright, by its EXIF orientation; None if it is."""
     try:
-        return image.getexif().get(ORIENTATION, 1) == 1
+        orientation = image.getexif().get(0x0112, 1)
+        return TURNS[orientation - 2] if orientation in range(2, 9) else None
     except Exception:  # damaged EXIF data raise errors of many kinds
-        return True
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB, upright by its EXIF orientation.
 
-    Integers of more than 8 bits, which Pillow alone would clip, are scaled as values of 8, 12 or 16
-    bits, by the fewest that hold the greatest of them. Transparency is dropped.
+    Integers of more than 8 bits, which Pillow alone would clip, are scaled from 8, 12 or 16 bits,
+    the fewest that hold the largest of them. Transparency is dropped.
 
     Raises:
         ValueError: the range of the pixels is not known: floats, or integers beyond 16 bits.
     """
-    if not is_upright(image):
-        image = ImageOps.exif_transpose(image)
+    if (turn := turn_of(image)) is not None:
+        image = image.transpose(turn)
+        image.info = {}  # which says how it lay
     if image.mode.startswith("I"):
         image = image.convert("I")
         least, greatest = image.getextrema()

@@ -20,6 +20,7 @@ import runpy
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -56,7 +57,7 @@ import selfdistill
 import train
 from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillationLoss,
                          find_classifier, find_layers, hooked_classifier, hooked_resnet18,
-                         load_classifier, train_transform, val_transform)
+                         load_classifier, to_rgb, train_transform, val_transform)
 
 HERE = Path(__file__).resolve().parent
 RESNET18 = ("--arch", "resnet18")
@@ -203,13 +204,30 @@ class TransformTest(TestCase):
                 segment = b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment
                 path.write_bytes(b"\xff\xd8" + segment + path.read_bytes()[2:])
             with self.subTest(name), Image.open(path) as image:
-                for source in (image, evaluate.load_image(str(path))):
+                for source in (image, to_rgb(image), evaluate.load_image(str(path))):
                     upright = val_transform(64, normalized=False)(source)
                     self.assertLess(upright[:, :24].max(), 20)
                     self.assertGreater(upright[:, 40:].min(), 235)
         path = self.folder / "damaged.png"
         stored.save(path, exif=b"Exif\0\0no TIFF")
         assert_close(evaluate.load_image(str(path))[:1], functional.pil_to_tensor(stored)[:1])
+
+    def test_images_are_turned_as_pillow_does_and_however_odd_their_other_tags_are(self) -> None:
+        path, exif = self.folder / "turned.png", Image.Exif()
+        stored = functional.to_pil_image(torch.arange(60, dtype=torch.uint8).view(3, 4, 5))
+        for orientation in range(10):
+            exif[ExifTags.Base.Orientation] = orientation
+            stored.save(path, exif=exif)
+            with Image.open(path) as image:
+                expected = functional.pil_to_tensor(ImageOps.exif_transpose(image))
+            assert_close(evaluate.load_image(str(path)), expected)
+        tags = ((ExifTags.Base.Orientation, 3, 1, b"\6\0\0\0"),  # 3: a short integer
+                (ExifTags.Base.ResolutionUnit, 2, 4, b"odd\0"))  # 2: text, where an integer belongs
+        exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(
+            struct.pack("<HHI4s", *tag) for tag in tags) + bytes(4)
+        stored.save(path, exif=exif)
+        turned = functional.pil_to_tensor(stored).rot90(-1, dims=(1, 2))
+        assert_close(evaluate.load_image(str(path)), turned)
 
     def test_memory_is_bounded_by_an_images_own_pixels(self) -> None:
         class Sizes(TorchDispatchMode):
@@ -740,7 +758,7 @@ class DataTest(TestCase):
                 picture = train.draw_shape("star", random.Random(0)).convert(mode)
                 picture.save(path, progressive=progressive)
                 with Image.open(path) as image:
-                    expected = functional.pil_to_tensor(selfdistill.to_rgb(image))
+                    expected = functional.pil_to_tensor(to_rgb(image))
                 assert_close(evaluate.load_image(str(path)), expected)
                 with mock.patch.object(torchvision.io, "decode_jpeg", side_effect=AttributeError):
                     assert_close(evaluate.load_image(str(path)), expected)
