@@ -207,7 +207,8 @@ class HookedModel(nn.Module):
         for name in self.layer_names:
             if name not in recorded:
                 raise RuntimeError(f"layer {name!r} took no part in the network's forward, or its "
-                                   "hook has been removed")
+                                   "hook has been removed; torch.compile the HookedModel, not the "
+                                   "network in it")
             output, version = recorded[name]
             if version != _version(output):
                 raise RuntimeError(f"the output of layer {name!r} is changed in place by a later "
@@ -224,7 +225,8 @@ class HookedModel(nn.Module):
         """
         _, students, teacher = dry_run(self, size)
         channels = []
-        for name, features in zip(self.layer_names, (*as_tuple(students), teacher)):
+        students = students if self.several else [students]
+        for name, features in zip(self.layer_names, (*students, teacher)):
             if not _is_features(features) or len(features) != 2:
                 shape = tuple(getattr(features, "shape", ())) or type(features).__name__
                 raise ValueError(f"layer {name!r} gives features of the shape {shape}, which are "

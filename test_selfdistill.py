@@ -332,7 +332,7 @@ class HookedModelTest(unittest.TestCase):
                 assert_close(first(self.images)[2], second(self.images)[2])
             first.remove_hooks()
             self.assertFalse(any(module._forward_hooks for module in self.model.modules()))
-        with self.assertRaisesRegex(RuntimeError, "hook has been removed"):
+        with self.assertRaisesRegex(RuntimeError, "hook has been removed; torch.compile the Hook"):
             first(self.images)
 
     def test_calls_in_several_threads_keep_their_features_apart(self) -> None:
@@ -434,6 +434,9 @@ class HookedModelTest(unittest.TestCase):
             HookedModel(network, "0", "3").feature_channels(24)
         with self.assertRaisesRegex(ValueError, r"layer '1' gives .*\(2, 5, 5, 4\), which are"):
             HookedModel(network, "0", "1").feature_channels(40)  # fewer channels than rows
+        network = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.AdaptiveMaxPool2d(1, return_indices=True))
+        with self.assertRaisesRegex(ValueError, "layer '1' gives features of the shape tuple"):
+            HookedModel(network, "1", "0").feature_channels(24)
         _, wide, _ = HookedModel(resnet18(), "layer1")(torch.randn(1, 3, 128, 64))
         self.assertEqual(wide.shape, (1, 64, 32, 16))
 
