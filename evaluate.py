@@ -31,6 +31,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import errno
 import hashlib
 import io
 import itertools
@@ -264,6 +265,8 @@ def load_image(path: str) -> Tensor:
                     return torchvision.io.decode_jpeg(torchvision.io.read_file(path))
             return pil_to_tensor(to_rgb(image))
     except Exception as error:  # a damaged file can raise nearly anything
+        if getattr(error, "errno", None) == errno.EMFILE:  # too many open files
+            raise
         reason = (getattr(error, "strerror", None) or str(error).replace(f" {path!r}", "")
                   or type(error).__name__)
         raise UnreadableImage(f"cannot read the image {path}: {reason}") from None
@@ -456,7 +459,7 @@ def find_splits(data: str | Path) -> dict[str, Path]:
     if not os.path.isdir(data):
         raise UserError(f"data folder {data} does not exist; if it was moved, give --data")
     folders = [data] if splits_in(data) else [
-        folder for folder in sorted(data.iterdir()) if len(splits_in(folder)) == 2] or [data]
+        folder for folder in sorted(data.glob("[!.]*")) if len(splits_in(folder)) == 2] or [data]
     if len(folders) > 1:
         raise UserError(f"data folder {data} has several folders with train/ and val/ in it, "
                         f"{shorten(folders)}: name one of them")

@@ -792,6 +792,7 @@ class DataTest(TestCase):
                 ("val", ["val/a"], {"val": "val"}), ("named test", ["a", "test"], {"all": "."}),
                 ("capitals", ["Train/a", "VAL/a"], {"train": "Train", "val": "VAL"}),
                 ("vehicles", ["bus", "train", "train/.hidden"], {"all": "."}),
+                ("hidden", ["a", ".old/train/a", ".old/val/a"], {"all": "."}),
                 ("sets", ["training_set/a", "test2017/a"], {"all": "."}),
                 ("classes", ["train_ice", "train_tgv"], {"all": "."}),
                 ("tested", ["Train/a", "Test/a"], {"train": "Train"}),
@@ -2815,6 +2816,8 @@ class BadInputTest(ImagesTestCase):
         for error, message in ((OSError(24, "Too many open files"), "too many open files: use few"),
                                (RuntimeError("No working C++ compiler found"), "--compile needs")):
             self.assert_errors(mock.Mock(side_effect=error), ((), message))
+        with mock.patch.object(Image, "open", side_effect=OSError(24, "Too many open files")):
+            self.assert_errors(lambda _: evaluate.load_image("a.jpg"), ((), "too many open files"))
         for full in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0"),
                      RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: "
                                   "can't allocate memory: you tried to allocate 9 bytes"),
