@@ -5,9 +5,9 @@
     python evaluate.py best.pt --predict photo.jpg     # instead: the classes of other images
     python evaluate.py best.pt --export network.pt2    # instead: the network for other programs
 
-needs nothing else: the data, image size, batch size and precision are in the checkpoint, and on the
-machine of training the figures equal those that train.py logged for its epoch. For another folder's
-`val/`: `--data DIR`.
+needs nothing else: the data, image size, batch size and precision are in the checkpoint. On the
+machine of training, the figures equal those that train.py logged, if its device and precision were
+those chosen by default. For another folder's `val/`: `--data DIR`.
 """
 import os
 import sys
@@ -126,9 +126,9 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 class Output(io.TextIOWrapper):
-    """Standard output whose failures stop no run: what follows one is discarded, with one warning.
+    """Standard output or error, whose failure stops no run.
 
-    A closed pipe, as of `evaluate.py ... | head`, gives none.
+    What follows is discarded, with one warning; without one after a closed pipe (`| head`).
     """
 
     def write(self, text: str) -> int:
@@ -149,7 +149,7 @@ class Output(io.TextIOWrapper):
 
 
 def printable(text: str) -> str:
-    """A text with its control characters, but for newlines, as escape sequences."""
+    """Escape the control characters of a text, but for newlines."""
     return re.sub(r"[\x00-\t\v-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
@@ -373,7 +373,7 @@ class ImageFolder(datasets.ImageFolder):
         return [(path, class_to_idx[folder]) for folder, paths in found.items() for path in paths]
 
     def tell(self) -> None:
-        """Print what may not be meant: files left out, and class folders with folders in them."""
+        """Print notes on files left out, and on folders inside class folders."""
         tell_left_out(self.root, self.left_out)
         if self.nested:
             print(f"note: in {self.root}, folders inside a class folder are not classes, but count "
@@ -457,7 +457,7 @@ def find_splits(data: str | Path) -> dict[str, Path]:
 
     data = Path(data)
     if not os.path.isdir(data):
-        raise UserError(f"data folder {data} does not exist; if it was moved, give --data")
+        raise UserError(f"data folder {data} does not exist: give the right one by --data")
     folders = [data] if splits_in(data) else [
         folder for folder in sorted(data.glob("[!.]*")) if len(splits_in(folder)) == 2] or [data]
     if len(folders) > 1:
@@ -468,9 +468,9 @@ def find_splits(data: str | Path) -> dict[str, Path]:
 
 
 def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageFolder]:
-    """Split images into those to train on and those to validate on, by their files' content alone.
+    """Split images into train and val by a hash of each file's content.
 
-    An image goes to val if a hash of its file, scaled to [0, 1], is below `fraction`: renaming
+    An image goes to val if its hash, scaled to [0, 1], is below `fraction`: renaming
     moves no image, and copies stay together. A class entirely on one side gives one image to the
     other, one that no other class has if there is any.
 
@@ -629,7 +629,7 @@ class Machine:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc use freed memory for the next large tensor, instead of mapping new pages for it.
+    """Have glibc reuse freed memory for large tensors, instead of mapping new pages for them.
 
     The kernel fills those with zeros: about a quarter of a training step at 224 px in bf16.
     """
@@ -663,7 +663,7 @@ class Predictions(NamedTuple):
     losses: Tensor  # (N) float32, cross-entropy in nats
     top: Tensor  # (N, min(5, K)) int64, the best classes, best first
     probabilities: Tensor  # (N, min(5, K)) float32, of these
-    seconds: float  # for all images; `predict` leaves out the start
+    seconds: float  # for all images; `predict` extrapolates from those after the first batch
 
     @property
     def confidences(self) -> Tensor:
@@ -902,12 +902,7 @@ def thumbnail(image: Tensor, caption: str) -> str:
 
 
 def training_charts(log: list[dict], start_acc: float | None) -> str:
-    """Charts of losses, accuracies and learning rate by epoch.
-
-    Args:
-        log: lines of log.jsonl.
-        start_acc: val accuracy of epoch 0, if there was one.
-    """
+    """Charts of losses, accuracies (`start_acc` in epoch 0) and learning rate by epoch."""
     def lines(**keys: str) -> dict[str, list[tuple[int, float]]]:
         return {name: [(line["epoch"], line[key]) for line in log] for name, key in keys.items()
                 if all(line[key] is not None for line in log)}
@@ -1122,7 +1117,7 @@ def open_val(args: argparse.Namespace, checkpoint: dict) -> ImageFolder:
 
 
 def open_machine(args: argparse.Namespace, checkpoint: dict) -> Machine:
-    """The machine asked for; in the precision of training, where that is fast here."""
+    """The machine asked for, in the precision of training where that is fast here."""
     machine = Machine(args.device or "auto", args.precision or "auto", args.workers)
     trained_in = checkpoint["args"]["precision"]
     if not args.precision and (trained_in == "fp32" or trained_in == "fp16" and machine.on_cuda):
@@ -1140,7 +1135,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict, model: nn.Module,
     title = (f"{args.checkpoint}: {checkpoint['arch']}, {len(classes)} classes, epoch "
              f"{checkpoint['epoch']}, {checkpoint['size']} px, {machine.precision} on "
              f"{machine.device}")
-    print(title, f"{dataset.root}: {len(dataset)} val images", sep="\n")
+    print(title, f"{dataset.root}: {len(dataset)} images", sep="\n")
     predictions = predict(model, loader, machine)
     summary = predictions.summarize(classes)
     print_summary(predictions.summarize(labelled(classes, checkpoint["names"])))
@@ -1210,12 +1205,7 @@ def read_log(checkpoint: Path) -> list[dict]:
 
 
 class Pictures(Dataset):
-    """Images by path, each with an error message: "", or why it cannot be read (then black).
-
-    Args:
-        paths: of the images.
-        size: height and width, in pixels.
-    """
+    """Images at `size` pixels, each with "", or black ones with why the file cannot be read."""
 
     def __init__(self, paths: list[str], size: int) -> None:
         self.paths, self.transform = paths, val_transform(size, normalized=False)
@@ -1282,7 +1272,7 @@ def write_csv(path: str, rows: Iterable[tuple]) -> None:
 
 
 def export(args: argparse.Namespace, checkpoint: dict, model: nn.Module) -> None:
-    """Write a network, once the file's outputs for some of the val images are found to be its."""
+    """Export a network, once the file's outputs for eight val images match its own."""
     path, size, dataset = args.export, checkpoint["size"], open_val(args, checkpoint)
     chosen = torch.linspace(0, len(dataset) - 1, 8).long().tolist()
     images = Machine("cpu", "fp32").prepare(torch.stack([dataset[index][0] for index in chosen]))
@@ -1307,8 +1297,8 @@ def export(args: argparse.Namespace, checkpoint: dict, model: nn.Module) -> None
                             f"by up to {difference:.2g} of the largest")
         write_file(path, file.read_bytes())
     print(f"{path}: {checkpoint['arch']}, {len(checkpoint['classes'])} classes; takes normalised "
-          f"images (N, 3, {size}, {size}); its outputs for {len(images)} val images are the "
-          f"network's, to {difference:.1g} of the largest")
+          f"images (N, 3, {size}, {size}); its outputs for {len(images)} val images differ from "
+          f"the network's by at most {difference:.1g} of the largest")
 
 
 def export_onnx(model: nn.Module, images: Tensor, dynamic: tuple, metadata: dict[str, str],

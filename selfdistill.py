@@ -110,13 +110,12 @@ def _compose(transforms: list[v2.Transform], normalized: bool) -> v2.Compose:
 
 def train_transform(size: int = 224, scale: tuple[float, float] = (0.08, 1.0),
                     normalized: bool = True) -> v2.Compose:
-    """Random crop and mirroring: PIL image or uint8 tensor -> float tensor (3, size, size).
+    """Random crop and horizontal flip: PIL image or uint8 tensor -> tensor (3, size, size).
 
     Args:
         size: height and width of the result, in pixels. Default: 224
         scale: range of a crop's share of the image's area. Default: (0.08, 1.0)
-        normalized: False leaves the result in uint8, for `normalize` to do whole batches.
-            Default: True
+        normalized: False keeps uint8, for `normalize` to convert whole batches. Default: True
     """
     return _compose([_RandomResizedCrop(size, scale), v2.RandomHorizontalFlip()], normalized)
 
@@ -272,7 +271,7 @@ def pooled(features: Tensor) -> Tensor:
 
 def _did_you_mean(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:5]
-    return f"did you mean one of {', '.join(close)}?"
+    return f"did you mean {' or '.join(close)}?"
 
 
 @torch.no_grad()
@@ -289,7 +288,7 @@ def _is_features(output: object) -> bool:
 
 
 def channels_first(features: Tensor, aspect: float = 1.0) -> Tensor:
-    """Maps (N, H, W, C > H) as (N, C, H, W); maps that are so already, and all else, as they are.
+    """Permute maps (N, H, W, C > H) to (N, C, H, W); return all else unchanged.
 
     Args:
         features: maps of images of this aspect, by which the two layouts are told apart.
@@ -373,7 +372,7 @@ def find_classifier(model: nn.Module) -> str:
 def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = "imagenet",
                       student_layer: str | Sequence[str] | None = None,
                       teacher_layer: str | None = None, students: int = 1) -> HookedModel:
-    """Make a classifier of torchvision's with `num_classes` outputs, with its layers hooked.
+    """Make a torchvision classifier with `num_classes` outputs and hooked layers.
 
     Args:
         arch: name of a function in torchvision.models, such as "resnet50".
