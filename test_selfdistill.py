@@ -2065,8 +2065,8 @@ class ProcessesTest(ImagesTestCase):
 
     def assert_close_runs(self, out: str, expected: str) -> None:
         ours, theirs = self.last(out), self.last(expected)
-        assert_close(ours["run"]["distiller"], theirs["run"]["distiller"], rtol=0, atol=1e-9)
-        assert_close(ours["model"], theirs["model"], rtol=0, atol=1e-9)
+        assert_close(ours["run"]["distiller"], theirs["run"]["distiller"], rtol=0, atol=1e-10)
+        assert_close(ours["model"], theirs["model"], rtol=0, atol=1e-10)
         for line, other in zip(*(read_log(self.folder / name) for name in (out, expected)),
                                strict=True):
             for key in ("val_acc", "train_acc", "exit_train_acc"):

@@ -859,7 +859,7 @@ class Trainer:
         self.lr = lr = recipe["lr"] if self.args.lr is None else self.args.lr
         # Fused, a first step that fp16's scaler skips would leave the momentum uninitialised.
         options = dict(lr=lr, momentum=0.9, nesterov=recipe["nesterov"], fused=not is_fp16)
-        dtype = torch.bfloat16 if self.machine.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if self.machine.precision == "bf16" else torch.get_default_dtype()
         self.optimizer = (Muon(groups, hidden, dtype, **options) if hidden
                           else SGD(groups, **options))
         self.scheduler = (OneCycleLR(self.optimizer, max_lr=lr, total_steps=max(2, steps),
