@@ -271,7 +271,7 @@ def pooled(features: Tensor) -> Tensor:
 
 def _did_you_mean(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:5]
-    return f"did you mean {' or '.join(close)}?"
+    return f"did you mean {', '.join(close)}?"
 
 
 @torch.no_grad()

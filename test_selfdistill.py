@@ -386,6 +386,12 @@ class HookedModelTest(unittest.TestCase):
                 self.assertEqual(find_classifier(model), classifier)
                 hooked = HookedModel(model, students[0], teacher)
                 self.assertEqual(hooked.feature_channels(size), channels)
+                self.assertFalse(any(len(part._forward_hooks) > (name in hooked.layer_names)
+                                     for name, part in model.named_modules()))
+        self.assertEqual(hooked_classifier("resnet18", 3, "none", students=3).layer_names,
+                         ("layer1", "layer2", "layer3", "layer4"))
+        with self.assertRaisesRegex(ValueError, "student_layer is an empty sequence"):
+            HookedModel(model, ())
         with self.assertRaisesRegex(ValueError, "no 2 layers of Sequential .* names, of 0, 1$"):
             find_layers(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1)), size=32)
         with self.assertRaisesRegex(ValueError, "no 2 layers of Sequential"):
@@ -473,7 +479,7 @@ class WeightsTest(TestCase):
                               if not torch.equal(value, state[name])}, new)
 
     def test_what_is_no_classifier_is_refused(self) -> None:
-        for arch, classes, message in (("resnet81", 9, "no classifier 'resnet81' .* of resnet18, "),
+        for arch, classes, message in (("resnet81", 9, "'resnet81' .*; did you mean resnet18, "),
                                        ("fcn_resnet50", 9, "no classifier 'fcn_resnet50'"),
                                        ("inception_v3", 9, "returns more than logits"),
                                        ("resnet18", 0, "at least 1, got 0")):
@@ -512,6 +518,7 @@ class WeightsTest(TestCase):
                   for key in ("model", "arch", "classes", "size")),
                 ({"arch": "fcn_resnet50"}, "no classifier 'fcn_resnet50'"),
                 ({"arch": "mobilenet_v3_small"}, "does not hold a classifier.*Missing key"),
+                *(({"size": size}, f"its image size is {size!r}") for size in ("large", 0, 10_001)),
                 ({"classes": ["a", "b"]}, "does not hold a classifier.*size mismatch")):
             content = {key: value for key, value in (sound | changes).items() if value is not None}
             torch.save(content, path)
@@ -687,9 +694,10 @@ class LossTest(unittest.TestCase):
         for name, value in (
                 ("alpha", -0.1), ("alpha", 1.5), ("alpha", math.nan), ("hint", -1.0),
                 ("labels", -0.5), ("soft", -0.1), ("temperature", 0.0), ("label_smoothing", 2.0),
-                ("student_channels", 0), ("student_channels", (8, 0)), ("teacher_channels", -3),
-                ("num_classes", 0), ("num_classes", None)):
-            shown = f"{name} must lie between .*, got (0|{re.escape(str(value))})$"
+                ("student_channels", 0), ("student_channels", (8, 0)), ("student_channels", ()),
+                ("teacher_channels", -3), ("num_classes", 0), ("num_classes", None)):
+            shown = 0 if name in ("student_channels", "num_classes") else re.escape(str(value))
+            shown = f"{name} must lie between .*, got {shown}$"
             for needs_classes in ("labels", "soft"):
                 with self.subTest(name), self.assertRaisesRegex(ValueError, shown):
                     SelfDistillationLoss(**{"num_classes": 10, needs_classes: 1.0} | {name: value})
@@ -753,6 +761,10 @@ class DataTest(TestCase):
         for name, outline in train.SHAPES.items():
             radii = [outline(2 * math.pi * k / 360) for k in range(360)]
             self.assertTrue(0 <= min(radii) <= max(radii) <= 1 + 1e-9, name)
+            with mock.patch("PIL.ImageDraw.ImageDraw.polygon") as polygon:
+                train.draw_shape(name, random.Random(0), size=64)
+            points = torch.tensor(polygon.call_args.args[0])
+            self.assertTrue(0 <= points.min() <= points.max() <= 4 * 64, name)
 
     def test_a_jpeg_is_read_as_pillow_reads_it(self) -> None:
         path = self.folder / "image.jpg"
@@ -783,6 +795,12 @@ class DataTest(TestCase):
         self.assertEqual([*train.find_data(str(folder)).values()], [folder / "train",
                                                                     folder / "val"])
         self.assertEqual(list(folder.parent.iterdir()), [folder])
+        for name, size in (("imagenette2", "full"), ("imagenette2-320", "320px")):
+            folder = self.folder / name
+            with (mock.patch.object(datasets, "Imagenette", side_effect=OSError) as download,
+                  self.assertRaises(evaluate.UserError)):
+                find_data()
+            self.assertEqual(download.call_args.kwargs, {"size": size, "download": True})
 
     def test_splits_are_found_in_folders_of_every_kind(self) -> None:
         for kind, folders, expected in (
@@ -960,6 +978,15 @@ class CheckTest(TestCase):
             "problems found: 6"])
         self.assertIn("note: 1 unreadable images in val/", self.check("--skip-unreadable", code=1))
 
+    def test_a_class_that_cannot_be_split_is_told(self) -> None:
+        for name, count in (("a", 1), ("b", 2)):
+            (self.folder / name).mkdir()
+            for k in range(count):
+                Image.new("L", (8, 8), 10 * k + count).save(self.folder / name / f"{k}.png")
+        self.assertEqual(self.check(code=1)[1:], [
+            "problem: 1 classes of one image, too few to split off val", "  a",
+            "problems found: 1"])
+
 
 load = partial(torch.load, weights_only=True)
 
@@ -1122,10 +1149,11 @@ class OptimizerTest(TrainerTestCase):
             hidden = {*trainer.optimizer.param_groups[-1]["params"]}
             self.assertIn(pointwise[0].weight, hidden)
             self.assertNotIn(depthwise[0].weight, hidden)
-        with mock.patch.dict(train.TUNED["scratch"], muon=False):  # as in fine-tuning
-            decayed, _ = (by_sgd := self.make()).optimizer.param_groups
-        self.assertEqual(decayed["weight_decay"], 5e-4)
-        self.assertIn(by_sgd.model.conv1.weight, {*decayed["params"]})
+        by_sgd = self.make_fine_tuning("mobilenet_v3_small")
+        decayed, _ = by_sgd.optimizer.param_groups
+        self.assertNotIsInstance(by_sgd.optimizer, train.Muon)
+        self.assertEqual((decayed["weight_decay"], by_sgd.recipe["whiten"]), (5e-4, False))
+        self.assertIn(by_sgd.model.features[0][0].weight, {*decayed["params"]})
 
     def test_orthogonal_keeps_the_directions_of_filters_and_makes_their_lengths_equal(self) -> None:
         for (shape, longer), (dtype, rounding) in itertools.product(
@@ -1182,7 +1210,11 @@ class OptimizerTest(TrainerTestCase):
         assert_close(first.running_mean, 0.1 * inputs[0].mean(dim=(0, 2, 3)))
 
     def test_the_blog_recipe_takes_the_steps_of_the_published_script(self) -> None:
-        trainer = self.make(recipe="blog", batch_size=4)
+        args, _ = train.settle({"data": "somewhere", "recipe": "blog"})
+        self.assertEqual((args.lr, args.batch_size, args.alpha), (0.01, 32, 0.5))
+        with mock.patch.object(train, "train_transform") as transform:
+            trainer = self.make(recipe="blog", batch_size=4)
+        transform.assert_called_once_with(64, (0.08, 1.0), normalized=False)
         plain, conv1x1 = (copy.deepcopy(part) for part in (trainer.model,
                                                            trainer.criterion.adapter))
         plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
@@ -1229,7 +1261,13 @@ class OptimizerTest(TrainerTestCase):
             start, first, second = (state[name] for state in states)
             assert_close(value, 0.25 * start + 0.25 * first + 0.5 * second
                          if value.is_floating_point() else second)
+        saved, result = trainer.checkpoint(), trainer.result
+        assert_close(saved["model"], result.hooked.model.state_dict())
+        assert_close([*saved["exits"].values()],
+                     [classifier.state_dict() for classifier in result.criterion.classifiers])
         self.assertIsNone(self.make().average)
+        convolving = self.make_fine_tuning("squeezenet1_1", lr=None)  # in its last layer
+        self.assertEqual((convolving.average, convolving.lr), (None, 0.004))
 
     def test_by_default_the_error_of_epoch_0_decides_the_rate_of_fine_tuning(self) -> None:
         for right, error in ((3, 2 / 3), (9, 1 / 9)):  # of none, one is assumed
@@ -1265,6 +1303,13 @@ class OptimizerTest(TrainerTestCase):
         trainer.log[1]["terms"]["hint"] = 0.4
         trainer.log[1]["exit_train_acc"]["layer3.1"] = 0.5
         self.assertEqual(list(trainer.remarks()), [])
+        trainer.log[1]["exit_train_acc"] = trainer.log[0]["exit_train_acc"]
+        self.assertEqual(len([*trainer.remarks()]), 1)
+        whole = [line | {"exit_train_acc": dict.fromkeys(trainer.exit_layers, 1.0)}
+                 for line in trainer.log]
+        for log in (trainer.log[:1], whole):  # too short to tell, and nothing left to learn
+            with mock.patch.object(trainer, "log", log):
+                self.assertEqual([*trainer.remarks()], [])
         trainer.best_epoch = 0
         trainer.log[1] |= {"val_acc": 0.25, "exit_train_acc": {"layer2.1": 0.1, "layer3.1": 0.4}}
         remark, = trainer.remarks()  # which advises no longer training
@@ -1280,6 +1325,21 @@ class OptimizerTest(TrainerTestCase):
         self.assertEqual(len({*map(int, rights)}), 3)
         expected = [18, *(18 * term.item() for term in terms.values()), *rights]
         assert_close(trainer.totals, torch.tensor(expected, dtype=torch.float32))
+        trainer.seconds = 2.0
+        run(lambda _: trainer.finish_epoch(predictions_of(1, 2)))
+        line, = trainer.log
+        means = [*line["terms"].values(), line["train_acc"], *line["exit_train_acc"].values()]
+        assert_close(torch.tensor(means), torch.tensor(expected[1:]) / 18)
+        self.assertEqual((line["seconds"], line["images_per_second"], line["lr"]),
+                         (3.0, 9.0, trainer.scheduler.get_last_lr()[0]))
+
+    def test_a_step_draws_by_seed_epoch_batch_and_rank(self) -> None:
+        trainer, seeds = self.make(arch="mobilenet_v3_small"), set()
+        for trainer.epoch, trainer.batch, rank in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1)):
+            with mock.patch.object(train, "rank", return_value=rank):
+                trainer.step(self.images, self.labels)
+            seeds.add(torch.initial_seed())
+        self.assertEqual(len(seeds), 4)
 
     def test_a_step_replays_what_is_recorded_and_recording_changes_nothing(self) -> None:
         trainer = self.make(arch="mobilenet_v3_small")  # CudaTest has the real thing
@@ -1534,6 +1594,15 @@ class TrainingTest(ImagesTestCase):
             self.assertGreaterEqual(figures["exits"][layer]["top1"], 0.8)
         self.assertLess(line["terms"]["hint"], 1.2)  # about 2 from random adapters
 
+    def test_adapters_are_fitted_to_the_features_of_their_layers(self) -> None:
+        with (mock.patch.object(train, "fit_adapter") as adapters,
+              mock.patch.object(train, "fit_logistic_regression") as classifiers):
+            self.train(*RESNET18, "--weights", self.trained / "best.pt")
+        (_, last, _), *early = (call.args for call in classifiers.call_args_list)
+        self.assertGreater(last.std(dim=0).max(), 0)
+        for adapter, (_, features, _) in zip(adapters.call_args_list, early, strict=True):
+            assert_close(adapter.args[1:], (last, features))  # the head's inputs are layer4.1's
+
     def test_the_report_is_refreshed_after_each_epoch(self) -> None:
         pages = []
         with mock.patch.object(train, "report_html", lambda *args, **options: pages.append(
@@ -1587,6 +1656,11 @@ class TrainingTest(ImagesTestCase):
         unknown = predictions_of(1, 2)._replace(losses=torch.full((2,), math.nan))
         with mock.patch.object(train.Trainer, "validate", return_value=unknown):
             self.assert_errors(train.main, ((), "val loss is not finite after epoch 1: try a"))
+        self.assertFalse(self.out.exists())
+        with (mock.patch.object(train.Muon, "step", lambda optimizer: [  # the last of an epoch
+                tensor.data.fill_(math.nan) for tensor in optimizer.param_groups[0]["params"]]),
+              mock.patch.object(train.Trainer, "validate", return_value=predictions_of(1, 2))):
+            self.assert_errors(train.main, ((), "the last save is intact"))
         self.assertFalse(self.out.exists())
 
 
@@ -1914,6 +1988,11 @@ class ResumeTest(ImagesTestCase):
                                    side_effect=train.Trainer.save) as save:
                 self.train("--batch-size", 8, *minutes)
             self.assertEqual(save.call_count, saves)
+        trainer = mock.Mock(saved=time.monotonic() - 119, signals=train.Signals(), stop=0)
+        trainer.args.save_every = 2.0
+        self.assertFalse(train.Trainer.attend_to_signals(trainer))
+        trainer.saved -= 2
+        self.assertTrue(train.Trainer.attend_to_signals(trainer))
 
     def test_flags_come_from_the_checkpoint_and_must_not_contradict_it(self) -> None:
         self.train("--alpha", 0.25, "--lr", 0.01, "--student-layer", "features.2")
@@ -2028,6 +2107,11 @@ class ResumeTest(ImagesTestCase):
         line, = read_log(self.out)
         figures, _ = self.evaluate(self.out / "best.pt")
         self.assertEqual((figures["count"], figures["loss"]), (8, line["val_loss"]))
+        torch.save(checkpoint_of(self.data), self.folder / "plain.pt")  # of no such training
+        self.assert_errors(evaluate.main, ((self.folder / "plain.pt", "--workers", 0),
+                                           f"cannot read the image {bad[1]}"))
+        figures, _ = self.evaluate(self.folder / "plain.pt", "--skip-unreadable")
+        self.assertEqual(figures["count"], 8)
         bad[0].unlink()
         self.resume()
         for path in (self.data / "val" / "star").iterdir():
@@ -2407,6 +2491,9 @@ class EvaluationTest(ImagesTestCase):
         self.assertAlmostEqual(part["balanced_accuracy"], (3 / 5 + 2 / 3) / 2)
         printed = run(lambda _: evaluate.print_summary(self.ten.summarize(list("abc"))))
         self.assertRegex(printed, r"\na +1\.0000 +0\.6000 +0\.7500 +3 +5\n")
+        self.assertIn(
+            "top-1 0.6000 (95 % interval 0.3127 to 0.8318)  loss 0.5625  10 images  5.0 images/s\n"
+            "macro F1 0.5833  balanced accuracy (the classes' mean recall) 0.5889\n", printed)
         self.assertIn("most confused: a taken for b 2; b taken for c 1; c taken for b 1", printed)
         self.assertEqual(evaluate.confusion_matrix(self.ten, 3).tolist(),
                          [[3, 2, 0], [0, 2, 1], [0, 1, 1]])
@@ -2453,6 +2540,8 @@ class EvaluationTest(ImagesTestCase):
         self.assertEqual(self.read_table(self.folder / "table.csv"), [
             {"path": "'=1+1.png", "label": "'-a", "prediction": "'@b", "confidence": "0.5"},
             {"path": "'-1+1.png", "label": "-1", "prediction": "+0.5", "confidence": "0.5"}])
+        evaluate.write_csv(self.folder / "table.csv", [("\udcff.png", "a", "b", 0.5)])
+        self.assertIn(b"\xff.png", (self.folder / "table.csv").read_bytes())  # no UTF-8
 
     def test_a_file_is_written_whole_and_never_through_a_planted_link(self) -> None:
         path, victim = self.folder / "figures.json", self.folder / "victim"
@@ -2521,6 +2610,9 @@ class EvaluationTest(ImagesTestCase):
             Path("log.jsonl").write_text(log)
             self.assertEqual(evaluate.read_log(Path("best.pt")), [])
         Path("log.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
+        self.assertEqual(evaluate.read_log(Path("best.1.pt")), [])
+        shutil.copy("log.jsonl", "log.1.jsonl")
+        self.assertEqual(evaluate.read_log(Path("best.1.pt")), [first, second])
         figures, _ = self.evaluate("best.pt", "--report", "new/folder", "--save-predictions",
                                    "table.csv")
         html = Path("new/folder/report.html").read_text()
@@ -2539,6 +2631,13 @@ class EvaluationTest(ImagesTestCase):
         self.assertEqual(html.count("data:image/jpeg;base64,"), 9)
         self.assertFalse(re.search(r"<script|<link|https?:|src=\"(?!data:)", html))
 
+    def test_durations_and_shares_of_the_cores(self) -> None:
+        for seconds, text in ((59.4, "59 s"), (59.6, "1 min 0 s"), (3 * 3600 + 61, "3 h 1 min")):
+            self.assertEqual(evaluate.Progress.duration(seconds), text)
+        with (mock.patch.object(os, "sched_getaffinity", lambda _: range(8), create=True),
+              mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="3")):
+            self.assertEqual(evaluate.Machine.usable_cores(), 2)
+
     def test_the_axes_of_a_chart_end_at_round_figures(self) -> None:
         for low, high, expected in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 5, [*range(6)]),
                                     (0.82, 1, [0.8, 0.85, 0.9, 0.95, 1]), (0, 7.3, [0, 2, 4, 6, 8]),
@@ -2554,6 +2653,12 @@ class EvaluationTest(ImagesTestCase):
                      'title="2 of 5: &lt;b&gt; (circle) taken for square"',
                      "<b>5 of 10 (50.0 %)</b>exit exit<"):
             self.assertIn(part, html)
+        wrong, right = html.split("most confident mistakes")[1].split("least certain right answers")
+        for part, expected in ((wrong, "0.95 0.75 0.65 0.55"),
+                               (right, "0.55 0.75 0.85 0.95 0.95 0.95")):
+            self.assertEqual(" ".join(re.findall(r"\((0\.\d\d)\)</fig", part)), expected)
+        self.assertEqual(re.findall(r'<i style="width: (\d+)%', html), ["50", "60", "67"])
+        self.assertIn("trained with: batch-size 8, precision fp32<", html)
         self.assertFalse(re.search("<u>|<b>[^0-9]", html))
         self.assertNotIn("loss by epoch", html)  # as there is no log
         for name in ("&lt;b&gt; (circle)", "&lt;u&gt;"):
@@ -2673,6 +2778,9 @@ class EvaluationTest(ImagesTestCase):
                   mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=False)):
                 machine = evaluate.open_machine(args, {"args": {"precision": trained}})
                 self.assertEqual(machine.precision, expected)
+        args = evaluate.parse_args(["best.pt", "--device", "cpu", "--precision", "bf16"])
+        self.assertEqual(evaluate.open_machine(args, {"args": {"precision": "fp32"}}).precision,
+                         "bf16")
         for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             with evaluate.Machine("cpu", precision).autocast():
                 self.assertEqual(nn.Conv2d(3, 4, 1)(torch.ones(1, 3, 2, 2)).dtype, dtype)
@@ -2699,6 +2807,12 @@ class ReadmeTest(TestCase):
         for script, arguments in commands:
             with self.subTest(script, arguments=arguments):
                 parsers[script](arguments.split())
+
+    def test_the_defaults_are_those_it_names(self) -> None:
+        args, _ = train.settle({"data": "somewhere"})
+        self.assertEqual((args.recipe, args.arch, args.weights, args.size, args.epochs, args.out,
+                          args.save_every, args.alpha),
+                         ("tuned", "resnet18", "imagenet", 224, 5, ".", 10.0, 0.5))
 
     def test_the_recipes_are_those_of_the_table(self) -> None:
         rows = re.findall(r"^\| `(\w+)`.*?\|(.+?)\|(.+?)\|(.+?)\|(.+?)\|", self.TEXT, re.MULTILINE)
@@ -2730,6 +2844,9 @@ class BadInputTest(ImagesTestCase):
             (("--labels", 0, "--hint", 0), "--hint, --labels and --soft are all 0"),
             (("--recipe", "blog", "--hint", 0), "use --no-distillation"),
             (("--data", ""), "an argument is empty"), (("--data=",), "an argument is empty"))
+        for size in (31, 2049):  # which must not come so far as to be trained at
+            with mock.patch.object(train, "settle", side_effect=AssertionError):
+                self.assert_errors(train.main, (("--size", size), "number between 32 and 2048"))
         for main in (train.main, evaluate.main):
             with contextlib.redirect_stderr(io.StringIO()) as errors:
                 run(main, "best.pt", "--no-such-flag", code=2)
@@ -2814,6 +2931,7 @@ class BadInputTest(ImagesTestCase):
 
     def test_known_failures_are_told_in_one_line(self) -> None:
         for error, message in ((OSError(24, "Too many open files"), "too many open files: use few"),
+                               (RuntimeError("received 0 items of ancdata"), "too many open files"),
                                (RuntimeError("No working C++ compiler found"), "--compile needs")):
             self.assert_errors(mock.Mock(side_effect=error), ((), message))
         with mock.patch.object(Image, "open", side_effect=OSError(24, "Too many open files")):
@@ -2822,7 +2940,9 @@ class BadInputTest(ImagesTestCase):
                      RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: "
                                   "can't allocate memory: you tried to allocate 9 bytes"),
                      RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-                     RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")):
+                     RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+                     RuntimeError("unable to open shared memory object </torch_1>"),
+                     RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")):
             self.assert_errors(mock.Mock(side_effect=full), (
                 (), "error: out of memory: use a smaller --batch-size, fewer --workers"))
         with self.assertRaisesRegex(RuntimeError, "other"):
@@ -2920,6 +3040,10 @@ class BadInputTest(ImagesTestCase):
         for changes, message in (
                 ({"classes": ["circle", "square"]}, other), ({"arch": "no_such_network"}, other),
                 ({"arch": "mobilenet_v3_small"}, other), ({"size": "large"}, "no usable size"),
+                ({"size": 31}, "no usable size"), ({"classes": ["a", "b", "a"]}, "usable classes"),
+                ({"names": ["a"]}, "no usable names"), ({"start_acc": 1.5}, "no usable start_acc"),
+                *(({"args": {"precision": "fp32", "batch_size": size, "val_split": split}},
+                   "no usable args") for size, split in ((0, None), (8, "half"))),
                 ({"args": {}}, "no usable args"), ({"exits": [3]}, "no usable exits"),
                 ({"exits": {"layer9": nn.Linear(48, 3).state_dict()}}, no_exit),
                 ({"exits": {"stage2": {}}}, no_exit), ({"exits": {"stage2": 3}}, no_exit)):
@@ -2927,13 +3051,17 @@ class BadInputTest(ImagesTestCase):
         self.assert_errors(train.main, (("--resume", self.write_checkpoint()), "no training state"))
 
     def test_a_torch_too_old_or_missing_is_told_at_the_start(self) -> None:
-        for name, content in (("torch", "__version__ = '1.13.0'"), ("torchvision", "")):
-            (self.folder / f"{name}.py").write_text(content)
-        for script in ("train.py", "evaluate.py"):
-            result = subprocess.run([sys.executable, HERE / script], capture_output=True, text=True,
-                                    env=os.environ | {"PYTHONPATH": str(self.folder)})
+        for script, version, content, message in (
+                ("train.py", "1.13.0", "", r"torch 1\.13\.0 is older"),
+                ("evaluate.py", "1.13.0", "", r"torch 1\.13\.0 is older"),
+                ("evaluate.py", "2.6.0", "raise ImportError('no torchvision')", "no torchvision"),
+                ("evaluate.py", "2.6.0", "raise RuntimeError('no operator nms')", "operator nms")):
+            (self.folder / "torch.py").write_text(f"__version__ = {version!r}")
+            (self.folder / "torchvision.py").write_text(content)
+            result = subprocess.run([sys.executable, "-B", HERE / script], capture_output=True,
+                                    text=True, env=os.environ | {"PYTHONPATH": str(self.folder)})
             self.assertEqual(result.returncode, 1)
-            self.assertRegex(result.stderr, rf"^\S*{script}: error: .*torch 1\.13\.0 is older.*\n$")
+            self.assertRegex(result.stderr, rf"^\S*{script}: error: .*{message}.*\n$")
 
 
 if __name__ == "__main__":
