@@ -158,7 +158,7 @@ class HookedModel(nn.Module):
           are tokens (N, L, C), those of Swin transformers, (N, H, W, C), are turned into maps
 
     Raises:
-        ValueError: a layer is not in the network; the message lists close matches.
+        ValueError: a layer is not in the network (the message lists close matches), or named twice.
         RuntimeError: in forward, a layer is not used, is used more than once, or its output is
             changed in place.
 
@@ -174,8 +174,8 @@ class HookedModel(nn.Module):
         super().__init__()
         self.several = not isinstance(student_layer, str)
         self.student_layers = tuple(student_layer) if self.several else (student_layer,)
-        if not self.student_layers:
-            raise ValueError("student_layer is an empty sequence")
+        if not self.student_layers or len(set(self.student_layers)) < len(self.student_layers):
+            raise ValueError(f"student_layer must name different layers, got {student_layer!r}")
         self.teacher_layer = teacher_layer
         self.layer_names = (*self.student_layers, teacher_layer)
         layers = {name: layer for name, layer in model.named_modules() if name}

@@ -302,6 +302,7 @@ class HookedModelTest(unittest.TestCase):
     def test_a_wrong_name_lists_close_matches(self) -> None:
         for *names, message in (("layer2.l", r"no layer 'layer2.l' in ResNet.*layer2\.1"),
                                 (("layer1", "layer2.l"), "no layer 'layer2.l'"),
+                                (("layer1", "layer1"), "different layers, got .'layer1', 'lay"),
                                 ("layer2.1", "", "no layer ''")):
             with self.assertRaisesRegex(ValueError, message):
                 HookedModel(self.model, *names)
@@ -390,7 +391,7 @@ class HookedModelTest(unittest.TestCase):
                                      for name, part in model.named_modules()))
         self.assertEqual(hooked_classifier("resnet18", 3, "none", students=3).layer_names,
                          ("layer1", "layer2", "layer3", "layer4"))
-        with self.assertRaisesRegex(ValueError, "student_layer is an empty sequence"):
+        with self.assertRaisesRegex(ValueError, r"must name different layers, got \(\)"):
             HookedModel(model, ())
         with self.assertRaisesRegex(ValueError, "no 2 layers of Sequential .* names, of 0, 1$"):
             find_layers(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1)), size=32)
@@ -946,6 +947,14 @@ class CheckTest(TestCase):
             "val/   3 images, 3 classes, of 1 (star) to 1 (circle) images",
             "problems found: none"])
 
+    @unittest.skipUnless(hasattr(signal, "SIGUSR1"), "signals are those of POSIX")
+    def test_sigusr1_ends_nothing_where_there_is_nothing_to_save(self) -> None:
+        self.addCleanup(signal.signal, signal.SIGUSR1,
+                        signal.signal(signal.SIGUSR1, signal.SIG_DFL))
+        write_images(self.folder, train_count=2, val_count=1)
+        self.check()
+        self.assertTrue(callable(signal.getsignal(signal.SIGUSR1)))
+
     def test_each_fault_is_told_with_its_files(self) -> None:
         write_images(self.folder, train_count=2, val_count=1)
         path = {split: self.folder / split for split in ("train", "val")}
@@ -1280,6 +1289,22 @@ class OptimizerTest(TrainerTestCase):
                                    ("min_lr", peak / 25e4)):
                     self.assertAlmostEqual(group[name] / rate, 1)
 
+    def test_features_that_overflow_are_told_before_they_are_fitted_to(self) -> None:
+        trainer = self.make_fine_tuning("mobilenet_v3_small")
+        with (mock.patch.object(trainer, "run_through", return_value=[
+                torch.tensor([[math.inf]]), torch.tensor([0])]),
+              self.assertRaisesRegex(evaluate.UserError, "not finite in fp32: try --precision")):
+            trainer.fit_classifiers()
+
+    def test_a_batch_norm_stays_hooked_when_it_becomes_one_of_several_gpus(self) -> None:
+        trainer = self.make(arch="mobilenet_v2", student_layer=["features.5.conv.3"])
+        with (mock.patch.object(train, "world_size", return_value=2),
+              mock.patch.object(trainer.machine, "on_cuda", True)):
+            trainer.make_network("none")
+        self.assertIsInstance(trainer.model.features[5].conv[3], nn.SyncBatchNorm)
+        _, student, _ = trainer.hooked.eval()(torch.randn(2, 3, 64, 64))
+        self.assertEqual(student.shape, (2, 32, 8, 8))
+
     def test_what_is_fitted_solves_its_equations(self) -> None:
         adapter, classifier = nn.Conv2d(1, 1, 1), nn.Linear(1, 2)
         train.fit_adapter(adapter, torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [4.0]]))
@@ -1332,6 +1357,9 @@ class OptimizerTest(TrainerTestCase):
         assert_close(torch.tensor(means), torch.tensor(expected[1:]) / 18)
         self.assertEqual((line["seconds"], line["images_per_second"], line["lr"]),
                          (3.0, 9.0, trainer.scheduler.get_last_lr()[0]))
+        trainer.epoch = trainer.args.epochs - 1
+        trainer.step(self.images, self.labels)
+        self.assertEqual(trainer.scheduler.last_epoch, 1)  # no rate follows that of the last step
 
     def test_a_step_draws_by_seed_epoch_batch_and_rank(self) -> None:
         trainer, seeds = self.make(arch="mobilenet_v3_small"), set()
@@ -1614,6 +1642,10 @@ class TrainingTest(ImagesTestCase):
             # Nine val images, right or wrong, and all eighteen train images.
             self.assertEqual(html.count("data:image/jpeg;base64,"), 9 + 18)
         self.assertEqual((self.out / "report.html").read_bytes(), pages[1])
+        (self.out / "report.html").unlink()  # which a run that has ended does not write again
+        printed = run(train.main, "--out", self.out, "--resume", "--report")
+        self.assertRegex(printed,
+                         r"resumed .*\n(note: .*\n)?best .*\ntime .*\nwrote .*\(figures\)\n")
 
     def test_one_class_one_image_and_a_batch_of_one(self) -> None:
         self.data = write_images(self.folder / "images", ("circle",), train_count=1, val_count=1)
@@ -1706,7 +1738,9 @@ class ComparisonTest(ImagesTestCase):
         weights = self.out / "compare" / "3-control" / "best.pt"
         self.assert_errors(train.main, (("--compare", 2, "--weights", weights), "replaces: copy"))
         with signal_in_batch(1):
-            self.train("--compare", 2, code=STOPPED)
+            self.train("--hint", 1, "--compare", 2, "--compare-arms", *train.ARMS, code=STOPPED)
+        self.assertEqual(train.first_settings(self.out)["compare_arms"],
+                         ["control", "labels", "distillation"])
         self.assertEqual((self.out / "compare.1.json").read_text(), figures)
         self.assertEqual(sorted(os.listdir(self.out / "compare.1")), runs)
 
@@ -1750,6 +1784,7 @@ class ComparisonTest(ImagesTestCase):
         both, arms = "--compare trains with distillation and without", "must be among them"
         self.assert_errors(train.main, (("--compare", 2, "--resume"), "no run to go on with"))
         self.assertFalse(self.out.exists())
+        self.assert_errors(train.main, (("--compare-arms", *train.ARMS), "is for --compare N"))
         self.assert_errors(train.main, *((("--compare", 2, *flags), message) for flags, message in (
             (("--no-distillation",), both), (("--alpha", 0), both),
             (("--resume", "other/last.pt"), both), (("--compare-arms", "control"), arms),
@@ -1977,9 +2012,11 @@ class ResumeTest(ImagesTestCase):
             for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
                 signal.raise_signal(number)
         self.assertEqual(signals.stop, signal.SIGTERM)
-        with self.assertRaises(KeyboardInterrupt), train.Signals():
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+        for numbers in ((signal.SIGINT,), (signal.SIGTERM, signal.SIGINT),
+                        (signal.SIGINT, signal.SIGTERM)):
+            with self.assertRaises(KeyboardInterrupt), train.Signals():
+                for number in (*numbers, signal.SIGINT):
+                    signal.raise_signal(number)
         self.assertIs(signal.getsignal(signal.SIGINT), before)
 
     def test_last_pt_is_saved_so_often(self) -> None:
@@ -1999,9 +2036,11 @@ class ResumeTest(ImagesTestCase):
         before = self.last()["args"]
         self.resume("--workers", 1, "--precision", "auto", "--data", self.data)
         self.assertEqual(self.last()["args"], before | {"workers": 1})
-        self.assert_errors(train.main, *(
+        self.assert_errors(train.main, (
+            ("--resume", "--no-distillation"),
+            "error: --no-distillation contradicts the run to resume, which has --distillation"), *(
             (("--resume", flag, value),
-             f"{flag} .*{value}.* contradicts the run to resume, which has .*{saved}")
+             f"{flag} {value} contradicts the run to resume, which has ({flag} )?{saved}")
             for flag, value, saved in (
                 ("--seed", 5, 0), ("--size", 64, 32), ("--batch-size", 4, 18), ("--hint", 2.0, 1.0),
                 ("--recipe", "blog", "tuned"), ("--lr", 0.5, 0.01), ("--alpha", 0.5, 0.25),

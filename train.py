@@ -69,7 +69,7 @@ from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillat
 # Default values of the flags, except those that the recipe or the data decide.
 DEFAULTS = dict(
     data=None, out=".", resume=None, save_every=10.0, compare=None,
-    compare_arms=["control", "distillation"], report=False, check=False, skip_unreadable=False,
+    compare_arms=None, report=False, check=False, skip_unreadable=False,
     recipe="tuned", epochs=5, distillation=True, seed=0, arch="resnet18", student_layer=None,
     teacher_layer=None, val_split=None, workers=None, device="auto", precision="auto",
     compile=False)
@@ -97,7 +97,7 @@ RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
 # What a resumed run may change; --epochs only as `refuse_contradictions` allows.
 CHANGEABLE = ("data", "out", "resume", "save_every", "compare", "compare_arms", "report", "check",
               "skip_unreadable", "epochs", "workers", "device", "compile")
-NOT_SAVED = ("out", "resume", "compare", "compare_arms", "check")  # in a checkpoint's args
+NOT_SAVED = ("out", "resume", "compare", "check")  # in a checkpoint's args
 # How far fine-tuning goes from the weights given, by the val accuracy a of epoch 0: its peak rate
 # is LR_PER_ERROR (1 - a), and their share in the average of all weights after the last step
 # GIVEN_SHARE a ** GIVEN_POWER.
@@ -433,7 +433,8 @@ class Trainer:
                 self.fit_classifiers()
             elif self.recipe["whiten"] and self.epoch == self.batch == 0:
                 self.whiten()
-            self.print_row(*self.HEADER)
+            if self.epoch < self.args.epochs:
+                self.print_row(*self.HEADER)
             while self.epoch < self.args.epochs and not self.stop:
                 self.train_epoch()
                 if not self.stop and (predictions := self.validate()):
@@ -511,7 +512,9 @@ class Trainer:
         self.scaler.step(self.optimizer)
         scale = self.scaler.get_scale()
         self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # else fp16 has overflowed, and no step was taken
+        is_last = (self.epoch, self.batch) == (self.args.epochs - 1, len(self.sampler) - 1)
+        # If the scale falls, fp16 has overflowed, and no step was taken. No rate follows the last.
+        if self.scaler.get_scale() >= scale and not is_last:
             self.scheduler.step()
         if self.average:
             with torch.no_grad():  # like AveragedModel, but without waiting for the GPU
@@ -629,11 +632,18 @@ class Trainer:
         """
         start = time.perf_counter()
         loader = self.sample_loader(min(400 * len(self.classes), 20_000))
-        columns = self.run_through(Headless(self.hooked), loader,
-                                   lambda *pair: pair, "fitting the classifiers: images")
+        headless = copy.deepcopy(self.hooked)  # gives what the linear layers see: (N, C)
+        headless.model.set_submodule(find_classifier(self.model), nn.Identity())
+        headless.register_forward_hook(lambda module, images, outputs: torch.cat(
+            [*map(pooled, (*as_tuple(outputs[1]), outputs[2])), outputs[0]], dim=1))
+        columns = self.run_through(headless, loader, lambda *pair: pair,
+                                   "fitting the classifiers: images")
         if columns is None:
             return
         features, labels = (column.to(self.machine.device) for column in columns)
+        if not features.isfinite().all():
+            raise UserError(f"the features of the weights {self.args.weights} are not finite in "
+                            f"{self.machine.precision}: try --precision fp32")
         criterion = self.criterion
         *students, teacher, last = features.split(
             [*criterion.student_channels, criterion.teacher_channels, self.head.in_features], dim=1)
@@ -832,7 +842,11 @@ class Trainer:
             parameter.requires_grad_(recipe["train_adapter"] or not name.startswith("adapter"))
         self.figures = ("images", *self.criterion.weights, "train_acc", *self.exit_layers)
         if self.machine.on_cuda and world_size() > 1:
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.hooked)
+            self.hooked.remove_hooks()  # as a batch norm converted has none
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            names, teacher = self.hooked.student_layers, self.hooked.teacher_layer
+            self.hooked = HookedModel(self.model, names if self.hooked.several else names[0],
+                                      teacher)
         self.distiller = Distiller(self.hooked, self.criterion, self.machine)
         self.distiller.to(device, memory_format=torch.channels_last)
         self.train_module = torch.compile(self.distiller) if args.compile else self.distiller
@@ -933,27 +947,6 @@ def orthogonal(filters: Tensor) -> Tensor:
     return torch.linalg.multi_dot([factors[0] / norm, *factors[1:], rows]).reshape(filters.shape)
 
 
-class Headless(nn.Module):
-    """The network without its classifier: what epoch 0 fits the linear layers to.
-
-    Args:
-        hooked: the whole network; it is copied.
-
-    Shape:
-        - images: (N, 3, H, W)
-        - returns (N, C): the channels of the students, the teacher and the classifier's inputs
-    """
-
-    def __init__(self, hooked: HookedModel) -> None:
-        super().__init__()
-        self.hooked = copy.deepcopy(hooked)
-        self.hooked.model.set_submodule(find_classifier(hooked.model), nn.Identity())
-
-    def forward(self, images: Tensor) -> Tensor:
-        features, students, teacher = self.hooked(images)
-        return torch.cat([*map(pooled, as_tuple(students)), pooled(teacher), features], dim=1)
-
-
 def load_hooked(arch: str, classes: list[str], weights: str, student_layer: list[str] | None,
                 teacher_layer: str | None, students: int) -> HookedModel:
     """`hooked_classifier`, whose errors are the user's; a head for other classes is made anew."""
@@ -1011,7 +1004,7 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.stop, self.save = 0, False
+        self.stop, self.save, self.interrupted = 0, False, False
 
     def __enter__(self) -> "Signals":
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -1027,10 +1020,11 @@ class Signals:
     def note(self, which: int, frame: object) -> None:
         if which == getattr(signal, "SIGUSR1", None):
             self.save = True
-        elif which == signal.SIGINT and self.stop == signal.SIGINT:
+        elif which == signal.SIGINT and self.interrupted:
             raise KeyboardInterrupt
         else:
             self.stop = self.stop or which
+            self.interrupted = self.interrupted or which == signal.SIGINT
 
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -1146,9 +1140,10 @@ def run_training(trainer: Trainer, checkpoint: dict | None) -> int:
     print(f"time       {Progress.duration(time.monotonic() - trainer.began)}"
           + f", GPU memory at most {memory / 2 ** 30:.2f} GiB" * machine.on_cuda)
     best, last = (Path(args.out, name) for name in ("best.pt", "last.pt"))
-    has_best = best.exists()  # a run that had ended does not write it anew
+    # A run that had ended writes neither anew.
+    has_best, has_report = best.exists(), Path(args.out, "report.html").exists()
     print(f"wrote      in {args.out}: {'best.pt (the best epoch, for use), ' * has_best}last.pt "
-          f"(to resume), log.jsonl (figures){', report.html' * args.report}")
+          f"(to resume), log.jsonl (figures){', report.html' * has_report}")
     print(f"next       python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
           f"{shlex.quote(str(best if has_best else last))}")
     return 128 + stop if stop and args.compare else 0  # a signal that came too late for this run
@@ -1178,6 +1173,7 @@ def compare(given: dict) -> int:
             raise UserError(f"{out / 'compare'} has no run to go on with: --resume auto begins one "
                             "with the flags given")
         given = first | given
+    given = {"compare_arms": ["control", "distillation"]} | given
     args, _ = settle(given | {"resume": None})
     if given.get("resume") not in (None, "", "auto") or not args.distillation or args.alpha == 0:
         raise UserError("--compare trains with distillation and without, in the folder compare in "
@@ -1199,16 +1195,13 @@ def compare(given: dict) -> int:
 
 
 def first_settings(out: Path) -> dict:
-    """Settings and arms of the first run of a comparison to go on with; none if there is none."""
+    """Settings of the first run of the comparison in `out`; empty if there is none."""
     first = min(out.glob("compare/[0-9]*-*/last.pt"), default=None,
                 key=lambda path: (int(path.parent.name.partition("-")[0]), path.parent.name))
     if first is None:
         return {}
-    saved = saved_settings(read_checkpoint(first))
-    arms = [arm for arm in ARMS if arm in DEFAULTS["compare_arms"]
-            or (out / "compare" / f"{saved['seed']}-{arm}").exists()]
-    return {name: value for name, value in saved.items()
-            if name not in (*NOT_SAVED, "distillation")} | {"compare_arms": arms}
+    return {name: value for name, value in saved_settings(read_checkpoint(first)).items()
+            if name not in (*NOT_SAVED, "distillation") and value is not None}
 
 
 def run_comparison(given: dict, args: argparse.Namespace) -> int:
@@ -1559,8 +1552,10 @@ def refuse_contradictions(given: dict, saved: dict) -> None:
     """Refuse flags that contradict the run to resume; print what a higher --epochs changes."""
     for name in given.keys() - set(CHANGEABLE):
         if given[name] != saved.get(name) and (name, given[name]) != ("precision", "auto"):
-            raise UserError(f"--{name.replace('_', '-')} {given[name]} contradicts the run to "
-                            f"resume, which has {saved.get(name)}")
+            asked, had = (" ".join(as_flags({name: values.get(name)})).replace("=", " ", 1)
+                          for values in (given, saved))
+            raise UserError(f"{asked} contradicts the run to resume, which has "
+                            f"{had or 'the default'}")
     epochs, before = given.get("epochs", saved["epochs"]), saved["epochs"]
     one_cycle = RECIPES[saved["recipe"]]["one_cycle"]
     if epochs < before or epochs > before and one_cycle:
@@ -1572,12 +1567,16 @@ def refuse_contradictions(given: dict, saved: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    if hasattr(signal, "SIGUSR1"):  # there is nothing to save before a run and between two
+        signal.signal(signal.SIGUSR1, lambda *_: None)
     with process_group():
         given = vars(make_parser().parse_args(arguments))
         if "check" in given:
             code = on_rank_zero(check, settle(given)[0])
         elif "compare" in given:
             code = compare(given)
+        elif "compare_arms" in given:
+            raise UserError("--compare-arms is for --compare N")
         else:
             code = fine_tune(*settle(given))
     if code:
