@@ -98,9 +98,8 @@ RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
 CHANGEABLE = ("data", "out", "resume", "save_every", "compare", "compare_arms", "report", "check",
               "skip_unreadable", "epochs", "workers", "device", "compile")
 NOT_SAVED = ("out", "resume", "compare", "check")  # in a checkpoint's args
-# How far fine-tuning goes from the weights given, by the val accuracy a of epoch 0: its peak rate
-# is LR_PER_ERROR (1 - a), and their share in the average of all weights after the last step
-# GIVEN_SHARE a ** GIVEN_POWER.
+# In fine-tuning, by the val accuracy a of epoch 0: the peak rate is LR_PER_ERROR (1 - a), and the
+# share of the given weights in the final average GIVEN_SHARE a ** GIVEN_POWER.
 LR_PER_ERROR = 0.025
 GIVEN_SHARE, GIVEN_POWER = 0.5, 8
 ARMS = {"control": dict(distillation=False), "labels": dict(hint=0.0, soft=0.0),
@@ -130,7 +129,7 @@ def world_size() -> int:
 
 
 def gather(values: list) -> list:
-    """Join the lists of all processes, by rank; all wait for one another."""
+    """Concatenate the lists of all processes, by rank; each waits for all others."""
     if not dist.is_initialized():
         return values
     lists = [None] * world_size()
@@ -268,7 +267,7 @@ def find_data(data: str | None) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
-    """Yield a temporary path to make a folder at; rename it to `folder` in the end."""
+    """Yield a temporary path for a new folder; rename it to `folder` once complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         yield Path(temporary, folder.name)
@@ -296,7 +295,7 @@ def fingerprint(images: ImageFolder) -> str:
 
 
 class Augmented(Dataset):
-    """Train images by (index, seed), which alone decide their augmentation."""
+    """Augmented train images, indexed by (index, seed); nothing else affects them."""
 
     def __init__(self, images: ImageFolder, transform: Callable) -> None:
         self.images, self.transform = images, transform
@@ -314,7 +313,7 @@ class Augmented(Dataset):
 class EpochBatches(Sampler):
     """The batches of one epoch, in an order that seed and epoch decide, from `start` on.
 
-    All batches are of the same size within one image, so that none is too small for batch norm.
+    Batch sizes differ by at most one image, so that none is too small for batch norm.
     Each process gets its part of every batch. Set `epoch` and `start` before iterating.
 
     Args:
@@ -384,7 +383,7 @@ class Distiller(nn.Module):
 class Trainer:
     """The state of a training run; `state_dict()` goes into last.pt.
 
-    No random state is part of it: seed, epoch, batch and rank decide that of every step.
+    No random state is part of it: each step is seeded by seed, epoch, batch and rank.
 
     Args:
         args: the settings.
@@ -550,7 +549,7 @@ class Trainer:
 
     def run_through(self, model: nn.Module, loader: DataLoader, columns_of: Callable,
                     what: str) -> list[Tensor] | None:
-        """Join what `columns_of` makes of a network's outputs and the labels, from all processes.
+        """Run a network over a loader; join columns_of(outputs, labels) from all processes.
 
         Returns None if asked to stop.
         """
@@ -691,7 +690,7 @@ class Trainer:
         broadcast(first)  # as machines may round differently
 
     def sample_loader(self, count: int) -> DataLoader:
-        """A loader of some of the train images, seen as in validation; of each process's part."""
+        """Load `count` random train images as in validation; each process gets its share."""
         generator = torch.Generator().manual_seed(self.args.seed)
         chosen = torch.randperm(len(self.train_set), generator=generator)[:count].tolist()
         return self.machine.loader(Subset(self.train_set, chosen[rank()::world_size()]),
@@ -722,7 +721,7 @@ class Trainer:
         write_file(out / "log.jsonl", lines.encode())
 
     def checkpoint(self) -> dict:
-        """What best.pt holds, as of now."""
+        """The content of best.pt, as of now."""
         args = self.args
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SAVED} | {
             "data": self.data, "precision": self.machine.precision,
@@ -783,7 +782,7 @@ class Trainer:
             self.best_epoch, self.best_acc = -1, -1.0  # without its file, it counts from here
 
     def write_report(self, predictions: Predictions) -> None:
-        """Write the page of the run so far, if it is asked for."""
+        """Write report.html, if it is asked for."""
         if not self.args.report or rank() > 0:
             return
         seed, count = self.args.seed, len(self.train_set)
@@ -856,7 +855,10 @@ class Trainer:
         self.graphs: dict[int, Callable] = {}  # what a step calls instead, by the batch's length
 
     def make_optimizer(self) -> None:
-        """SGD or Muon, its schedule, and the average of the weights; only SGD's matrices decay."""
+        """Make the optimizer, its schedule and the average of the weights.
+
+        Weights decay that SGD trains and that have more than one dimension.
+        """
         recipe, steps = self.recipe, self.args.epochs * len(self.sampler)
         classifiers = {self.head, *self.criterion.classifiers}
         mixing = {layer.weight for layer in self.distiller.modules()  # all of their inputs
@@ -928,9 +930,9 @@ def orthogonal(filters: Tensor) -> Tensor:
     """Roughly the orthogonal matrix nearest to filters (K, ...), its K rows about 1 long.
 
     Where K exceeds the length of a filter, its columns are orthogonal instead. By three Newton-
-    Schulz steps with Muon's coefficients, which multiply small singular values by up to 41 and
-    leave those above a fiftieth of the whole within 0.68 and 1.21. The steps are taken by products
-    of the rows with each other, a small square matrix.
+    Schulz steps with Muon's coefficients, which multiply small singular values by up to 41 and take
+    those above a fiftieth of the norm to between 0.68 and 1.21. The steps are taken by products of
+    the rows with each other, a small square matrix.
     """
     rows = filters.flatten(1)
     count, length = rows.shape
@@ -949,7 +951,7 @@ def orthogonal(filters: Tensor) -> Tensor:
 
 def load_hooked(arch: str, classes: list[str], weights: str, student_layer: list[str] | None,
                 teacher_layer: str | None, students: int) -> HookedModel:
-    """`hooked_classifier`, whose errors are the user's; a head for other classes is made anew."""
+    """Call `hooked_classifier`, whose errors are the user's; reset a head for other classes."""
     names = student_layer[0] if student_layer and len(student_layer) == 1 else student_layer
     try:
         with local_rank_zero_first():
@@ -1069,7 +1071,7 @@ def claim(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def earlier_kept(out: Path, names: tuple[str, ...]) -> Iterator[None]:
-    """Rename what an earlier run left under these names; back again if none of them is written."""
+    """Rename an earlier run's files of these names; restore them if this run writes none."""
     gather([])  # all processes have read --weights, which may be among them
     earlier = [out / name for name in names if (out / name).exists()] if rank() == 0 else []
     suffix = next(k for k in itertools.count(1)
@@ -1262,8 +1264,7 @@ def t_quantile(freedom: int) -> float:
 
 def print_comparison(figures: dict) -> None:
     arms, runs = figures["arms"], figures["runs"]
-    print("\nval accuracy after the last epoch, by the seed of a pair, and by what early layers "
-          "learn from:")
+    print("\nval accuracy after the last epoch, by seed and by what early layers learn from:")
     print(*(f"  {arm}: {MEANINGS[arm]}" for arm in arms), sep="\n")
     print("     seed" + "".join(f"{arm:>14}" for arm in arms))
     for run in runs:
@@ -1423,13 +1424,15 @@ def make_parser() -> Parser:
                        help="go on from FILE (default: last.pt in --out), by default in its "
                        "folder; auto: from last.pt, or anew if there is none yet")
     group.add_argument("--save-every", type=number(float, 0), metavar="MINUTES",
-                       help="between saves of last.pt, beside those after each epoch (default: 10)")
+                       help="between saves of last.pt within an epoch; each epoch ends with one "
+                       "(default: 10)")
     group.add_argument("--report", action=argparse.BooleanOptionalAction,
                        help="write report.html in --out, anew after each epoch: figures, charts "
                        "and images, to be watched in a browser")
     group.add_argument("--check", action="store_true", help="instead of training, read every image "
-                       "and tell what would make it fail or mislead: unreadable images, classes "
-                       "without images or in one split only, copies within and across splits")
+                       "and tell what would make training fail or mislead: unreadable images, "
+                       "classes without images or in one split only, copies within and across "
+                       "splits")
     group.add_argument("--skip-unreadable", action=argparse.BooleanOptionalAction,
                        help="leave out images that cannot be read, having tried all at the start")
     group = parser.add_argument_group("training")
