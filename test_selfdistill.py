@@ -1475,7 +1475,7 @@ class TrainingTest(ImagesTestCase):
         self.assertIn("student layer2.1, layer3.1, teacher layer4.1", lines[1])
         self.assertRegex(lines[5],
                          r" 1/2( +\d\.\d+){2} +\d\.\d+ \d\.\d+ +cos -?\d\.\d+( +\d+\.\d+)")
-        self.assertIn(f" cos {1 - self.log[0]['terms']['hint'] / 2:.3f} ", lines[5])
+        self.assertIn(f" cos {1 - self.log[0]['terms']['hint'] / 0.3 / 2:.3f} ", lines[5])
         self.assertEqual([len(line) for line in lines[4:7]], [78] * 3)
         self.assertNotIn("\r", self.printed)
         with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -2042,7 +2042,7 @@ class ResumeTest(ImagesTestCase):
             (("--resume", flag, value),
              f"{flag} {value} contradicts the run to resume, which has ({flag} )?{saved}")
             for flag, value, saved in (
-                ("--seed", 5, 0), ("--size", 64, 32), ("--batch-size", 4, 18), ("--hint", 2.0, 1.0),
+                ("--seed", 5, 0), ("--size", 64, 32), ("--batch-size", 4, 18), ("--hint", 2.0, 0.3),
                 ("--recipe", "blog", "tuned"), ("--lr", 0.5, 0.01), ("--alpha", 0.5, 0.25),
                 ("--weights", "imagenet", "none"), ("--precision", "bf16", "fp32"),
                 ("--epochs", 2, "1: its learning rate ends there"),
@@ -2852,6 +2852,12 @@ class ReadmeTest(TestCase):
         self.assertEqual((args.recipe, args.arch, args.weights, args.size, args.epochs, args.out,
                           args.save_every, args.alpha),
                          ("tuned", "resnet18", "imagenet", 224, 5, ".", 10.0, 0.5))
+        for recipe, weights, *expected in (("tuned", "imagenet", 1.0, 1.0, 0.0, None),
+                                           ("tuned", "none", 0.3, 1.0, 0.0, 0.05),
+                                           ("byot", "none", 0.0, 0.7, 0.3, 0.05),
+                                           ("blog", "none", 1.0, 0.0, 0.0, 0.01)):
+            args, _ = train.settle({"data": "somewhere", "recipe": recipe, "weights": weights})
+            self.assertEqual([args.hint, args.labels, args.soft, args.lr], expected)
 
     def test_the_recipes_are_those_of_the_table(self) -> None:
         rows = re.findall(r"^\| `(\w+)`.*?\|(.+?)\|(.+?)\|(.+?)\|(.+?)\|", self.TEXT, re.MULTILINE)

@@ -78,15 +78,16 @@ DEFAULTS = dict(
 # first, let their error decide the lr, and average the weights (only if the last layer is linear;
 # else the lr is this one). whiten: begin with a first convolution that whitens the images. muon:
 # take orthogonal steps (Muon). scratch: what is different from random weights.
+SCRATCH = dict(lr=0.05, fine_tune=False, whiten=True, muon=True)
 TUNED = dict(
     alpha=0.5, hint=1.0, labels=1.0, soft=0.0, batch_size=64, lr=0.004, students=2,
     detach_teacher=True, normalize=True, train_adapter=True, one_cycle=True, nesterov=True,
     weight_decay=5e-4, label_smoothing=0.1, crop_scale=(0.35, 1.0), fine_tune=True,
-    whiten=False, muon=False,
-    scratch=dict(lr=0.05, fine_tune=False, whiten=True, muon=True))
+    whiten=False, muon=False, scratch=SCRATCH | dict(hint=0.3))
 RECIPES = {
     "tuned": TUNED,
-    "byot": TUNED | dict(hint=0.0, labels=0.7, soft=0.3),  # arXiv:1905.08094, its weights
+    "byot": TUNED | dict(  # arXiv:1905.08094, its weights
+        hint=0.0, labels=0.7, soft=0.3, scratch=SCRATCH),
     "blog": dict(  # the published walk-through
         alpha=0.5, hint=1.0, labels=0.0, soft=0.0, batch_size=32, lr=0.01, students=1,
         detach_teacher=False, normalize=False, train_adapter=False, one_cycle=False,
@@ -1406,7 +1407,10 @@ def make_parser() -> Parser:
         return text if text in ("imagenet", "none") else os.path.abspath(text)
 
     def by_recipe(setting: str) -> str:
-        return ", ".join(f"{name} {recipe[setting]:g}" for name, recipe in RECIPES.items())
+        values = ((name, *(recipe_of(name, weights)[setting] for weights in ("imagenet", "none")))
+                  for name in RECIPES)
+        return ", ".join(f"{name} {given:g}" + f" ({scratch:g} from random weights)"
+                         * (scratch != given) for name, given, scratch in values)
 
     parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS,
                     description="Fine-tune an image classifier while the network teaches itself.")
@@ -1445,7 +1449,7 @@ def make_parser() -> Parser:
                        f"all processes together (default: {by_recipe('batch_size')})")
     group.add_argument("--lr", type=number(float, 0), metavar="RATE", help="peak learning rate "
                        f"(default: {LR_PER_ERROR:g} times the val error of epoch 0; from random "
-                       f"weights {TUNED['scratch']['lr']:g}; blog {RECIPES['blog']['lr']:g})")
+                       f"weights {SCRATCH['lr']:g}; blog {RECIPES['blog']['lr']:g})")
     group.add_argument("--alpha", type=number(float, 0, 1), metavar="WEIGHT", help="weight of the "
                        "three terms below, 1 - WEIGHT of the cross-entropy (default: "
                        f"{by_recipe('alpha')})")
