@@ -753,7 +753,9 @@ class Trainer:
                 raise TypeError(f"{name} is a {type(state[name]).__name__}")
             setattr(self, name, state[name])
         self.began -= float(state["elapsed"])
-        if len(self.totals) != len(self.figures) or self.epoch != len(self.log):
+        steps = max(2, self.args.epochs * len(self.sampler))
+        if (len(self.totals) != len(self.figures) or self.epoch != len(self.log)
+                or getattr(self.scheduler, "total_steps", steps) != steps):
             raise ValueError("other figures, or other epochs")
         self.totals = self.totals.to(self.machine.device)
 
