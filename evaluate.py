@@ -254,22 +254,28 @@ class UnreadableImage(UserError):
         super().__init__(message.rpartition("UnreadableImage: ")[2].strip())
 
 
-def load_image(path: str) -> Tensor:
-    """Read an image as `to_rgb` converts it: uint8 (3, H, W)."""
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Raise UnreadableImage for whatever reading an image raises."""
     try:
-        with Image.open(path) as image:  # which reads no more than the header
-            if image.format == "JPEG" and image.mode == "RGB" and turn_of(image) is None:
-                # Faster than Pillow, which has better messages, and will be there when torchvision
-                # has dropped its decoders.
-                with contextlib.suppress(RuntimeError, AttributeError):
-                    return torchvision.io.decode_jpeg(torchvision.io.read_file(path))
-            return pil_to_tensor(to_rgb(image))
+        yield
     except Exception as error:  # a damaged file can raise nearly anything
         if getattr(error, "errno", None) == errno.EMFILE:  # too many open files
             raise
         reason = (getattr(error, "strerror", None) or str(error).replace(f" {path!r}", "")
                   or type(error).__name__)
         raise UnreadableImage(f"cannot read the image {path}: {reason}") from None
+
+
+def load_image(path: str) -> Tensor:
+    """Read an image as `to_rgb` converts it: uint8 (3, H, W)."""
+    with reading(path), Image.open(path) as image:  # which reads no more than the header
+        if image.format == "JPEG" and image.mode == "RGB" and turn_of(image) is None:
+            # Faster than Pillow, which has better messages, and will be there when torchvision has
+            # dropped its decoders.
+            with contextlib.suppress(RuntimeError, AttributeError):
+                return torchvision.io.decode_jpeg(torchvision.io.read_file(path))
+        return pil_to_tensor(to_rgb(image))
 
 
 def find_images(folder: str, left_out: Counter, seen: set[str]) -> list[str]:
@@ -478,10 +484,8 @@ def split_off(images: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageF
         UserError: a class would have images on one side alone, or a file cannot be read.
     """
     def place_of(path: str) -> float:
-        try:
+        with reading(path):
             digest = hashlib.sha256(Path(path).read_bytes()).digest()
-        except OSError as error:  # which --skip-unreadable leaves out
-            raise UnreadableImage(f"cannot read the image {path}: {error.strerror}") from None
         return int.from_bytes(digest[:8], "big") / 2 ** 64
 
     with ThreadPool(Machine.usable_cores()) as pool:

@@ -480,7 +480,8 @@ class WeightsTest(TestCase):
                               if not torch.equal(value, state[name])}, new)
 
     def test_what_is_no_classifier_is_refused(self) -> None:
-        for arch, classes, message in (("resnet81", 9, "'resnet81' .*; did you mean resnet18, "),
+        for arch, classes, message in (("resnet81", 9,
+                                        "no classifier 'resnet81' .*; did you mean resnet18, "),
                                        ("fcn_resnet50", 9, "no classifier 'fcn_resnet50'"),
                                        ("inception_v3", 9, "returns more than logits"),
                                        ("resnet18", 0, "at least 1, got 0")):

@@ -746,6 +746,7 @@ class Trainer:
                 | {"data": self.fingerprints, "elapsed": time.monotonic() - self.began})
 
     def load_state_dict(self, state: dict) -> None:
+        steps = getattr(self.scheduler, "total_steps", None)
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
         for name in self.COUNTERS:
@@ -753,9 +754,8 @@ class Trainer:
                 raise TypeError(f"{name} is a {type(state[name]).__name__}")
             setattr(self, name, state[name])
         self.began -= float(state["elapsed"])
-        steps = max(2, self.args.epochs * len(self.sampler))
         if (len(self.totals) != len(self.figures) or self.epoch != len(self.log)
-                or getattr(self.scheduler, "total_steps", steps) != steps):
+                or getattr(self.scheduler, "total_steps", None) != steps):
             raise ValueError("other figures, or other epochs")
         self.totals = self.totals.to(self.machine.device)
 
@@ -1146,7 +1146,7 @@ def run_training(trainer: Trainer, checkpoint: dict | None) -> int:
           + f", GPU memory at most {memory / 2 ** 30:.2f} GiB" * machine.on_cuda)
     best, last = (Path(args.out, name) for name in ("best.pt", "last.pt"))
     # A run that had ended writes neither anew.
-    has_best, has_report = best.exists(), Path(args.out, "report.html").exists()
+    has_best, has_report = best.exists(), args.report and Path(args.out, "report.html").exists()
     print(f"wrote      in {args.out}: {'best.pt (the best epoch, for use), ' * has_best}last.pt "
           f"(to resume), log.jsonl (figures){', report.html' * has_report}")
     print(f"next       python {shlex.quote(str(Path(sys.argv[0]).with_name('evaluate.py')))} "
