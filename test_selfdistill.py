@@ -93,10 +93,11 @@ def write_images(folder: Path, classes: tuple[str, ...] = ("circle", "square", "
     return folder
 
 
-def run(main: Callable, *arguments: object, code: int = 0) -> str:
+def run(main: Callable, *arguments: object, code: int = 0, is_terminal: bool = False) -> str:
     """Run a script with these arguments, to end with this exit code; return what it prints."""
     ended = 0
     with contextlib.redirect_stdout(io.StringIO()) as output:
+        output.isatty = lambda: is_terminal
         try:
             main([str(argument) for argument in arguments])
         except SystemExit as error:
@@ -337,14 +338,11 @@ class HookedModelTest(unittest.TestCase):
             first(self.images)
 
     def test_calls_in_several_threads_keep_their_features_apart(self) -> None:
-        def meet(*_: object) -> None:
-            barrier.wait()
-
         hooked, barrier = HookedModel(self.model).eval(), threading.Barrier(4, timeout=60)
         batches = [torch.randn(1 + k, 3, 32, 32) for k in range(4)]
         expected = [hooked(images) for images in batches]
         # All have passed the student's layer before any reaches the teacher's.
-        self.model.layer3.register_forward_pre_hook(meet)
+        self.model.layer3.register_forward_pre_hook(lambda *_: (barrier.wait(), None)[1])
         with ThreadPool(4) as pool:
             assert_close(pool.map(hooked, batches, chunksize=1), expected)
 
@@ -399,37 +397,28 @@ class HookedModelTest(unittest.TestCase):
             find_layers(nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3)), size=32)
 
     def test_layers_are_found_by_their_use_not_by_their_place_in_the_class(self) -> None:
-        class Network(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.head = nn.Linear(4, 2)
-                self.pool = nn.MaxPool2d(2)
-                self.convs = nn.Sequential(*(nn.Conv2d(3 if k == 0 else 4, 4, 3, padding=1)
-                                             for k in range(4)))
-
+        class Network(nn.ModuleDict):
             def forward(self, images: Tensor) -> Tensor:
                 for conv in self.convs:
                     images = self.pool(conv(images))
                 return self.head(images.mean(dim=(2, 3)))
 
-        network = Network()
+        convs = nn.Sequential(*(nn.Conv2d(count, 4, 3, padding=1) for count in (3, 4, 4, 4)))
+        network = Network({"head": nn.Linear(4, 2), "pool": nn.MaxPool2d(2), "convs": convs})
         self.assertEqual(find_layers(network, 32, students=2), (("convs.1", "convs.2"), "convs.3"))
         HookedModel(network, *find_layers(network, 32))(torch.randn(2, 3, 32, 32))
 
     def test_channels_may_be_last_but_the_images_must_be_first(self) -> None:
-        class Moved(nn.Module):
-            def forward(self, maps: Tensor) -> Tensor:
-                return maps.movedim(1, -1)
-
-        network = nn.Sequential(nn.Conv2d(3, 4, 8, 8), Moved(), nn.Flatten(1, 2), nn.Flatten(0, 1))
+        moved = torchvision.ops.Permute((0, 2, 3, 1))
+        network = nn.Sequential(nn.Conv2d(3, 4, 8, 8), moved, nn.Flatten(1, 2), nn.Flatten(0, 1))
         self.assertEqual(HookedModel(network, ["0", "1"], "2").feature_channels(24), ((4, 4), 4))
-        _, (maps, moved), _ = HookedModel(network, ["0", "1"], "2")(torch.randn(3, 3, 24, 24))
-        assert_close(moved, maps)
-        assert_close(selfdistill.channels_first(maps.movedim(1, -1)), maps)
+        _, features, _ = HookedModel(network, ["0", "1"], "2")(torch.randn(3, 3, 24, 24))
+        assert_close(*features)
+        assert_close(selfdistill.channels_first(moved(features[0])), features[0])
         for channels, height, width, may_be_last in ((16, 64, 128, False), (32, 128, 64, False),
                                                      (32, 64, 128, True), (64, 128, 64, True)):
             with self.subTest(channels=channels, height=height, width=width):
-                layers = nn.Conv2d(3, channels, 4, 4), Moved(), nn.Flatten()
+                layers = nn.Conv2d(3, channels, 4, 4), moved, nn.Flatten()
                 features = HookedModel(nn.Sequential(*layers), ["0", "1"], "2")(
                     torch.randn(2, 3, height, width))[1]
                 self.assertEqual(features[0].shape, (2, channels, height // 4, width // 4))
@@ -437,6 +426,8 @@ class HookedModelTest(unittest.TestCase):
                     assert_close(*features)
         unpadded = torch.randn(2, 6, 24, 108)  # of 28 x 112 pixels, convolved by 5 x 5
         self.assertIs(selfdistill.channels_first(unpadded, 28 / 112), unpadded)
+        rounded = torch.randn(2, 16, 8, 24)  # of 128 x 60 pixels, of which strides of 8 make 7.5
+        self.assertEqual(selfdistill.channels_first(rounded, 128 / 60).shape, (2, 24, 16, 8))
         with self.assertRaisesRegex(ValueError, r"layer '3' gives .*\(18, 4\), which are nei"):
             HookedModel(network, "0", "3").feature_channels(24)
         with self.assertRaisesRegex(ValueError, r"layer '1' gives .*\(2, 5, 5, 4\), which are"):
@@ -444,8 +435,6 @@ class HookedModelTest(unittest.TestCase):
         network = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.AdaptiveMaxPool2d(1, return_indices=True))
         with self.assertRaisesRegex(ValueError, "layer '1' gives features of the shape tuple"):
             HookedModel(network, "1", "0").feature_channels(24)
-        _, wide, _ = HookedModel(resnet18(), "layer1")(torch.randn(1, 3, 128, 64))
-        self.assertEqual(wide.shape, (1, 64, 32, 16))
 
     def test_the_dry_run_leaves_the_network_as_it_was(self) -> None:
         hooked = HookedModel(self.model).train()
@@ -781,8 +770,7 @@ class DataTest(TestCase):
                     assert_close(evaluate.load_image(str(path)), expected)
 
     def test_a_missing_imagenette_is_downloaded_whole_or_not_at_all(self) -> None:
-        def download(root: str, size: str, download: bool) -> None:
-            self.assertEqual((size, download), ("160px", True))
+        def download(root: str, **_: object) -> None:
             for split in ("train", "val"):
                 Path(root, folder.name, split, "n01440764").mkdir(parents=True)
 
@@ -797,7 +785,8 @@ class DataTest(TestCase):
         self.assertEqual([*train.find_data(str(folder)).values()], [folder / "train",
                                                                     folder / "val"])
         self.assertEqual(list(folder.parent.iterdir()), [folder])
-        for name, size in (("imagenette2", "full"), ("imagenette2-320", "320px")):
+        for name, size in (("imagenette2", "full"), ("imagenette2-320", "320px"),
+                           ("imagenette2-160", "160px")):
             folder = self.folder / name
             with (mock.patch.object(datasets, "Imagenette", side_effect=OSError) as download,
                   self.assertRaises(evaluate.UserError)):
@@ -831,6 +820,7 @@ class DataTest(TestCase):
                         evaluate.find_splits(self.folder / kind)
         for kind, message in (("valid", "train/ and valid/ but no val/: rename "),
                               ("tested", "Train/ and Test/ but no val/: rename .*tested/Test to "),
+                              ("val", "has val/ but no train/: it"),
                               ("sets", "no class folders but test2017, training_set, splits by")):
             with self.assertRaisesRegex(evaluate.UserError, message):
                 train.find_data(self.folder / kind)
@@ -998,9 +988,6 @@ class CheckTest(TestCase):
             "problems found: 1"])
 
 
-load = partial(torch.load, weights_only=True)
-
-
 class ImagesTestCase(TestCase):
     """Gives the tests of a class one image folder, which they leave as it is."""
 
@@ -1015,7 +1002,7 @@ class ImagesTestCase(TestCase):
         return run(train.main, *tiny(self.data, self.folder / out, *arguments), code=code)
 
     def last(self, out: str = "out") -> dict:
-        return load(self.folder / out / "last.pt")
+        return torch.load(self.folder / out / "last.pt")
 
     def start(self, out: str, *flags: object, prepare: Callable = int, log: str = "") -> "Training":
         process = Training(tiny(self.data, self.folder / out, *flags),
@@ -1364,11 +1351,12 @@ class OptimizerTest(TrainerTestCase):
 
     def test_a_step_draws_by_seed_epoch_batch_and_rank(self) -> None:
         trainer, seeds = self.make(arch="mobilenet_v3_small"), set()
-        for trainer.epoch, trainer.batch, rank in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1)):
+        for trainer.args.seed, trainer.epoch, trainer.batch, rank in (
+                (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
             with mock.patch.object(train, "rank", return_value=rank):
                 trainer.step(self.images, self.labels)
             seeds.add(torch.initial_seed())
-        self.assertEqual(len(seeds), 4)
+        self.assertEqual(len(seeds), 5)
 
     def test_a_step_replays_what_is_recorded_and_recording_changes_nothing(self) -> None:
         trainer = self.make(arch="mobilenet_v3_small")  # CudaTest has the real thing
@@ -1439,7 +1427,7 @@ class TrainingTest(ImagesTestCase):
         super().setUpClass()
         cls.trained = cls.shared / "trained"
         cls.printed = run(train.main, *tiny(cls.data, cls.trained, *RESNET18, "--epochs", 2))
-        cls.best, cls.log = load(cls.trained / "best.pt"), read_log(cls.trained)
+        cls.best, cls.log = torch.load(cls.trained / "best.pt"), read_log(cls.trained)
 
     def test_the_checkpoint_holds_what_the_design_says(self) -> None:
         self.assertEqual({key: type(value) for key, value in self.best.items()},
@@ -1479,17 +1467,14 @@ class TrainingTest(ImagesTestCase):
         self.assertIn(f" cos {1 - self.log[0]['terms']['hint'] / 0.3 / 2:.3f} ", lines[5])
         self.assertEqual([len(line) for line in lines[4:7]], [78] * 3)
         self.assertNotIn("\r", self.printed)
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            output.isatty = lambda: True
-            train.main(tiny(self.data, self.out, "--recipe", "blog", "--batch-size", 32))
-        self.assertRegex(output.getvalue(), r"\r\033\[Kepoch 1/1  images 18/18  .* images/s  "
-                                            r"loss \d.*  \d+ s left")
-        self.assertIn(f" {read_log(self.out)[0]['distillation_loss']:.4g} ", output.getvalue())
-        with (mock.patch.dict(os.environ, COLUMNS="30"),
-              contextlib.redirect_stdout(io.StringIO()) as output):
-            output.isatty = lambda: True
-            evaluate.Progress("images", 1000).advance(1)
-        self.assertRegex(output.getvalue(), r"^\r\033\[Kimages 1/1000  .{14}$")
+        flags = tiny(self.data, self.out, "--recipe", "blog", "--batch-size", 32)
+        printed = run(train.main, *flags, is_terminal=True)
+        self.assertRegex(printed, r"\r\033\[Kepoch 1/1  images 18/18  .* images/s  "
+                                  r"loss \d.*  \d+ s left")
+        self.assertIn(f" {read_log(self.out)[0]['distillation_loss']:.4g} ", printed)
+        with mock.patch.dict(os.environ, COLUMNS="30"):
+            printed = run(lambda _: evaluate.Progress("images", 1000).advance(1), is_terminal=True)
+        self.assertRegex(printed, r"^\r\033\[Kimages 1/1000  .{14}$")
 
     def test_names_are_shown_without_their_control_characters(self) -> None:
         buffer = io.BytesIO()
@@ -1550,24 +1535,26 @@ class TrainingTest(ImagesTestCase):
         rights = [1, 2, 2, 0]
         with mock.patch.object(train.Trainer, "validate",
                                side_effect=[predictions_of(right, 2) for right in rights]):
-            printed = self.train("--epochs", 4)
+            printed = self.train("--epochs", 4, "--report")
         self.assertIn("best       val accuracy 1.0000 in epoch 2 (", printed)
-        self.assertEqual(load(self.out / "best.pt")["epoch"], 2)
+        self.assertEqual(torch.load(self.out / "best.pt")["epoch"], 2)
         self.assertEqual([2 * line["val_acc"] for line in read_log(self.out)], rights)
-        (self.out / "best.pt").unlink()  # the run has ended, and does not write it anew
-        printed = run(train.main, "--resume", self.out / "last.pt")
-        self.assertIn("val accuracy 1.0000 in epoch 2 (", printed)
-        self.assertRegex(printed, r"wrote .*: last\.pt .*\nnext .*evaluate\.py .*last\.pt\n")
+        for name in ("best.pt", "report.html"):  # the run has ended, and writes neither anew
+            (self.out / name).unlink()
+        self.assertRegex(
+            run(train.main, "--resume", self.out / "last.pt"),
+            r"resumed .*\n(note: .*\n)?best .*val accuracy 1\.0000 in epoch 2 \(.*\ntime .*\n"
+            r"wrote .*: last\.pt .*\(figures\)\nnext .*evaluate\.py .*last\.pt\n")
 
     def test_a_folder_of_classes_is_enough(self) -> None:
         flat = write_images(self.folder / "images", train_count=8) / "train"
         (flat / "star" / "photo.heic").write_bytes(b"")
         self.train("--data", flat)
-        self.assertEqual(load(self.out / "best.pt")["args"]["val_split"], 0.2)
+        self.assertEqual(torch.load(self.out / "best.pt")["args"]["val_split"], 0.2)
         printed = self.train("--data", flat, "--val-split", 0.4)
         self.assertIn("1 .heic", printed)
         self.assertRegex(printed, f"data +{flat}: .* val images split off by their content, 3 cl")
-        best, line = load(self.out / "best.pt"), read_log(self.out)[-1]
+        best, line = torch.load(self.out / "best.pt"), read_log(self.out)[-1]
         self.assertEqual((best["args"]["val_split"], best["data"]), (0.4, str(flat)))
         figures, printed = self.evaluate(self.out / "best.pt")
         self.assertIn("1 .heic", printed)
@@ -1582,9 +1569,6 @@ class TrainingTest(ImagesTestCase):
             train.main, (("--data", self.data, "--val-split", 0.4), "without val/: .* has one"),
             (("--data", flat, "--resume", "--val-split", 0.3), "val-split 0.3 contradicts"))
         self.assertIn("problems found: none", run(train.main, "--data", flat, "--check"))
-        flat.rename(flat.with_name("other"))
-        self.assert_errors(train.main, (("--data", flat.parent), "has val/ but no train/: it"))
-        flat.with_name("other").rename(flat)
         shutil.rmtree(flat.with_name("val"))
         same, _ = self.evaluate(self.out / "best.pt", "--data", flat.parent)
         self.assertEqual((same["count"], same["loss"]), (figures["count"], line["val_loss"]))
@@ -1612,7 +1596,7 @@ class TrainingTest(ImagesTestCase):
                              "--lr", 1e-9, "--weights", self.folder / "weights.pth")
         self.assertRegex(printed, "epoch 0 +val acc 1.0000, only the classifiers .* lr 1e-09\n")
         self.assertIn("note: training gained nothing over epoch 0, which best.pt holds", printed)
-        best, (line,) = load(self.out / "best.pt"), read_log(self.out)
+        best, (line,) = torch.load(self.out / "best.pt"), read_log(self.out)
         self.assertEqual((best["epoch"], line["epoch"]), (0, 1))
         for name in weights.keys() - {"fc.weight", "fc.bias"}:
             assert_close(best["model"][name], weights[name], rtol=0, atol=0)
@@ -1643,10 +1627,6 @@ class TrainingTest(ImagesTestCase):
             # Nine val images, right or wrong, and all eighteen train images.
             self.assertEqual(html.count("data:image/jpeg;base64,"), 9 + 18)
         self.assertEqual((self.out / "report.html").read_bytes(), pages[1])
-        (self.out / "report.html").unlink()  # which a run that has ended does not write again
-        printed = run(train.main, "--out", self.out, "--resume", "--report")
-        self.assertRegex(printed,
-                         r"resumed .*\n(note: .*\n)?best .*\ntime .*\nwrote .*\(figures\)\n")
 
     def test_one_class_one_image_and_a_batch_of_one(self) -> None:
         self.data = write_images(self.folder / "images", ("circle",), train_count=1, val_count=1)
@@ -1657,7 +1637,9 @@ class TrainingTest(ImagesTestCase):
                            (("--size", 63), "batch norm at 63 pixels"))
         self.data = self.shared / "images"
         with mock.patch.object(train, "world_size", return_value=2):
-            self.assert_errors(train.main, (("--batch-size", 2), "leaves a process 1 images, too"))
+            self.assert_errors(train.main, (("--batch-size", 2), "leaves a process 1 images, too"),
+                               (("--batch-size", 9), "--batch-size 9 cannot be split evenly among "
+                                                     "2 processes: use a multiple of 2"))
 
     def test_without_data_it_trains_on_the_shapes(self) -> None:
         self.enter_folder()
@@ -1665,7 +1647,7 @@ class TrainingTest(ImagesTestCase):
             printed = run(train.main, "--epochs", 1, "--workers", 0)
         self.assertIn("weights: none, ", printed)
         self.assertIn("tuned: 32 px, batch 64, lr 0.05, ", printed)
-        self.assertEqual(load("best.pt")["data"], str(self.folder / "data" / "shapes"))
+        self.assertEqual(torch.load("best.pt")["data"], str(self.folder / "data" / "shapes"))
         figures, _ = self.evaluate("best.pt")
         self.assertEqual(set(figures["per_class"]), set(train.SHAPES))
         self.assertIsNotNone(figures["top5"])
@@ -1844,13 +1826,6 @@ def train_as_a_script(arguments: list[str], log: Path, prepare: Callable) -> Non
         evaluate.kill_workers()  # as a script does at exit
 
 
-def print_to(path: str) -> None:
-    """Have standard output go to this file, or, without one, to a pipe that nobody reads."""
-    ends = os.pipe()
-    os.close(ends[0])
-    sys.stdout = sys.__stdout__ = open(path or ends[1], "w")
-
-
 def limit(what: str, most: int) -> None:
     import resource  # which Windows lacks
     resource.setrlimit(getattr(resource, what), (most, most))
@@ -1939,9 +1914,8 @@ class ResumeTest(ImagesTestCase):
                 weights.unlink()  # which are not needed again
                 for (_, epochs, batches, images), (following, *_) in itertools.pairwise(
                         [*stops, [0]]):
-                    with (signal_in_batch(following),
-                          mock.patch.object(evaluate, "load_image",
-                                            wraps=evaluate.load_image) as read):
+                    with (signal_in_batch(following), mock.patch.object(
+                            evaluate, "load_image", wraps=evaluate.load_image) as read):
                         printed = self.resume(code=STOPPED if following else 0)
                     self.assertIn(f"after {epochs} epochs and {batches} batches of the", printed)
                     self.assertEqual(images, sum(Path(call.args[0]).is_relative_to(
@@ -1982,30 +1956,31 @@ class ResumeTest(ImagesTestCase):
         first.join()
         self.train()
 
-    def test_a_lost_terminal_or_pipe(self) -> None:
-        """SIGHUP stops a run unless it is ignored; standard output may be closed or full."""
-        hangup = partial(signal.signal, signal.SIGHUP)
-        cases = (("hangup", partial(hangup, signal.SIG_DFL), 129, "stopped in epoch .*"),
-                 ("nohup", partial(hangup, signal.SIG_IGN), 143, "stopped in epoch .*"),
-                 ("full", partial(print_to, "/dev/full"), 0,
-                  "standard output is lost: No space left on device"),
-                 ("pipe", partial(print_to, ""), 0, None))
-        processes = [self.start(name, "--epochs", 10000 if code else 2, prepare=prepare)
-                     for name, prepare, code, _ in cases]
-        for (name, _, code, end), process in zip(cases, processes):
-            with self.subTest(name):
-                if code:
-                    process.wait_for("1/10000 ")
-                    os.killpg(process.pid, signal.SIGHUP)
-                if name == "nohup":
+    def test_sighup_stops_a_run_unless_it_is_ignored(self) -> None:
+        for out, action, code in (("hangup", signal.SIG_DFL, 129), ("nohup", signal.SIG_IGN, 143)):
+            process = self.start(out, "--epochs", 10000,
+                                 prepare=partial(signal.signal, signal.SIGHUP, action))
+            with self.subTest(out):
+                process.wait_for("1/10000 ")
+                os.killpg(process.pid, signal.SIGHUP)
+                if action == signal.SIG_IGN:
                     time.sleep(0.5)
                     os.killpg(process.pid, signal.SIGTERM)
                 self.assertEqual(process.exit_code(), code, process.printed())
-                if code:
-                    self.assertRegex(process.printed(), f"\n{end}\n$")
-                else:
-                    self.assertEqual(process.printed(), f"{end}\n" * bool(end))
-                    self.assertEqual(len(read_log(self.folder / name)), 2)
+                self.assertRegex(process.printed(), "\nstopped in epoch .*\n$")
+
+    def test_a_run_goes_on_without_its_standard_output(self) -> None:
+        reader, unread = os.pipe()
+        os.close(reader)
+        for file, told in ((unread, ""), ("/dev/full", "No space left on device")):
+            with (self.subTest(file), open(file, "w") as stream,
+                  mock.patch.object(sys, "stdout", stream),
+                  contextlib.redirect_stderr(io.StringIO()) as errors):
+                evaluate.run_script(partial(train.main, tiny(self.data, self.out, "--epochs", 2)))
+                sys.stdout.detach()  # so that `stream` closes it
+            self.assertEqual(errors.getvalue(), told and f"standard output is lost: {told}\n")
+            self.assertEqual(len(read_log(self.out)), 2)
+            shutil.rmtree(self.out)
 
     def test_a_second_ctrl_c_stops_at_once_but_not_a_second_sigterm(self) -> None:
         before = signal.getsignal(signal.SIGINT)  # ignored, in a job in the background
@@ -2073,8 +2048,7 @@ class ResumeTest(ImagesTestCase):
 
     def test_without_a_file_only_auto_starts_anew(self) -> None:
         missing = "error: {}: No such file"
-        self.assert_errors(train.main,
-                           (("--resume",), missing.format(self.out / "last.pt")),
+        self.assert_errors(train.main, (("--resume",), missing.format(self.out / "last.pt")),
                            (("--resume", "nowhere.pt"), missing.format("nowhere.pt")))
         self.assertFalse(self.out.exists())
         self.assertIn("last.pt yet: starting anew", self.train("--resume", "auto"))
@@ -2099,10 +2073,9 @@ class ResumeTest(ImagesTestCase):
             printed = self.train("--seed", 2, "--epochs", 2, "--batch-size", 8, code=STOPPED)
         self.assertRegex(printed, r"kept the earlier .*best\.pt.* as .*best\.1\.pt")
         printed = run(train.main, "--resume", self.out / "last.pt", "--out", self.folder / "other")
-        self.assertEqual(load(self.folder / "other" / "best.pt")["epoch"], 2)
+        self.assertEqual(torch.load(self.folder / "other" / "best.pt")["epoch"], 2)
         run(train.main, "--resume", self.out / "last.1.pt")
-        seeds = {name: load(self.out / name)["args"]["seed"] for name in os.listdir(self.out)
-                 if name.startswith("last")}
+        seeds = {path.name: torch.load(path)["args"]["seed"] for path in self.out.glob("last*")}
         self.assertEqual(seeds, {"last.pt": 1, "last.1.pt": 1, "last.2.pt": 2})
         self.assertEqual(len(read_log(self.out)), 1)
 
@@ -2111,15 +2084,11 @@ class ResumeTest(ImagesTestCase):
         (self.out / "report.html").touch()
         self.train()  # which writes no report, and still keeps the earlier one
         self.assertTrue((self.out / "report.1.html").exists())
-        before = self.left_by("out")
-        with mock.patch.object(train.Trainer, "validate", side_effect=evaluate.UserError("no")):
-            self.assert_errors(train.main, (("--weights", self.out / "best.pt"), "error: no"))
-        self.assertEqual(self.left_by("out"), before)  # as the new run has written nothing
         printed = self.train("--weights", self.out / "best.pt", "--lr", 0)
         self.assertRegex(printed, r"kept the earlier .*best\.pt")
         self.assertRegex(printed, "epoch 0 .*; peak lr 0\n")
-        assert_close(load(self.out / "best.pt")["model"]["features.0.0.weight"],
-                     load(self.out / "best.1.pt")["model"]["features.0.0.weight"])
+        assert_close(torch.load(self.out / "best.pt")["model"]["features.0.0.weight"],
+                     torch.load(self.out / "best.1.pt")["model"]["features.0.0.weight"])
 
     @unittest.skipUnless(importlib.util.find_spec("resource"), "files cannot be limited")
     def test_a_full_disk_leaves_the_earlier_files(self) -> None:
@@ -2231,16 +2200,12 @@ class ProcessesTest(ImagesTestCase):
     def test_a_mistake_ends_all_processes_with_its_own_error(self) -> None:
         self.data = write_images(self.folder / "images")
         (self.data / "train" / "star" / "3.png").write_bytes(b"not an image")
-        for flags, *messages in (
-                (("--batch-size", 9), *["--batch-size 9 cannot be split evenly among 2 processes: "
-                                        "use a multiple of 2"] * 2),
-                (("--workers", 1), "cannot read the image .*3.png", "cannot reach the others")):
-            with self.subTest(flags):
-                processes = self.start_group(2, "out", *flags)
-                self.finish(processes, code=1)
-                errors = sorted(process.printed().splitlines()[-1] for process in processes)
-                for error, message in zip(errors, messages):
-                    self.assertRegex(error, f"train.py: error: .*{message}")
+        processes = self.start_group(2, "out", "--workers", 1)
+        self.finish(processes, code=1)
+        errors = sorted(process.printed().splitlines()[-1] for process in processes)
+        for error, message in zip(errors, ("cannot read the image .*3.png",
+                                           "cannot reach the others")):
+            self.assertRegex(error, f"train.py: error: .*{message}")
 
     @unittest.skipUnless("KILLS" in os.environ, "slow: only with KILLS, as in .ci/run")
     @unittest.skipUnless(Path("/proc/self/task").exists(), "it finds the processes in /proc")
@@ -2287,13 +2252,6 @@ class CudaTest(TrainerTestCase):
         trainer.record_graphs()
         return trainer
 
-    def fine_tuned(self, precision: str) -> train.Trainer:
-        """A Trainer of given weights, which it averages, after a first step."""
-        trainer = self.make_fine_tuning("resnet18", self.DEVICE, precision, epochs=10)
-        trainer.decay = 0.9
-        trainer.step(self.images.pin_memory(), self.labels.pin_memory())
-        return trainer
-
     def test_a_step_changes_all_weights_in_any_precision(self) -> None:
         self.check_step(self.DEVICE, ("fp32", "bf16", "fp16"))
 
@@ -2323,7 +2281,9 @@ class CudaTest(TrainerTestCase):
     def test_steps_do_not_wait_for_the_gpu(self) -> None:
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
         for precision in ("fp32", "bf16"):
-            trainer = self.fine_tuned(precision)
+            trainer = self.make_fine_tuning("resnet18", self.DEVICE, precision, epochs=10)
+            trainer.decay = 0.9  # of the average
+            trainer.step(images, labels)  # the first, which may wait
             torch.cuda.set_sync_debug_mode("error")
             try:
                 for _ in range(2):
@@ -2355,8 +2315,7 @@ class CudaTest(TrainerTestCase):
 
     def test_a_resumed_run_goes_on_as_if_never_stopped(self) -> None:
         # To the bit, but for what torch cannot do deterministically, which it warns of.
-        flags = ("--device", self.DEVICE, *RESNET18, "--epochs", 2, "--lr", 0.01,
-                 "--batch-size", 8)
+        flags = ("--device", self.DEVICE, *RESNET18, "--epochs", 2, "--lr", 0.01, "--batch-size", 8)
         self.addCleanup(torch.use_deterministic_algorithms, False)
         torch.use_deterministic_algorithms(True, warn_only=True)
         self.train(*flags, out="expected")
@@ -2492,9 +2451,8 @@ class EvaluationTest(ImagesTestCase):
         super().setUpClass()
         labels, best, confidences = zip(*cls.TEN)
         cls.ten = evaluate.Predictions(
-            labels=torch.tensor(labels), losses=torch.arange(10) / 8,
-            top=torch.tensor(best)[:, None], probabilities=torch.tensor(confidences)[:, None],
-            seconds=2.0)
+            labels=torch.tensor(labels), losses=torch.arange(10) / 8, seconds=2.0,
+            top=torch.tensor(best)[:, None], probabilities=torch.tensor(confidences)[:, None])
         torch.manual_seed(0)
         cls.classifier = nn.Linear(128, 3)
         cls.checkpoint = checkpoint_of(cls.data, "resnet18") | {
@@ -2561,7 +2519,7 @@ class EvaluationTest(ImagesTestCase):
             self.assertEqual(evaluate.read_names(data / "train", ["circle"]), ["Kreis"])
         self.assertRegex(output.getvalue(), "^note: .*classes.txt names star, which are no class")
         self.train("--data", data, "--report")
-        best = load(self.out / "best.pt")
+        best = torch.load(self.out / "best.pt")
         self.assertEqual(best["classes"], ["circle", "square", "star"])
         self.assertEqual(best["names"], ["Kreis", "square", "Stern, fünfzackig"])
         figures, printed = self.evaluate(self.out / "best.pt", "--report", self.folder)
@@ -2583,13 +2541,16 @@ class EvaluationTest(ImagesTestCase):
         evaluate.write_csv(self.folder / "table.csv", [("\udcff.png", "a", "b", 0.5)])
         self.assertIn(b"\xff.png", (self.folder / "table.csv").read_bytes())  # no UTF-8
 
-    def test_a_file_is_written_whole_and_never_through_a_planted_link(self) -> None:
-        path, victim = self.folder / "figures.json", self.folder / "victim"
+    def test_a_file_is_written_whole_through_its_own_link_but_no_planted_one(self) -> None:
+        path, link, victim = (self.folder / name for name in ("figures.json", "link", "victim"))
         victim.write_text("kept")
-        (self.folder / f".figures.json.{os.getpid()}.tmp").symlink_to(victim)
-        evaluate.write_file(path, b"new")
-        self.assertEqual((path.read_text(), victim.read_text()), ("new", "kept"))
-        self.assertEqual(sorted(os.listdir(self.folder)), ["figures.json", "victim"])
+        link.symlink_to(path.name)  # to no file at first
+        for target, content in ((link, "first"), (link, "second"), (path, "third")):
+            (self.folder / f".figures.json.{os.getpid()}.tmp").symlink_to(victim)
+            evaluate.write_file(target, content.encode())
+            self.assertTrue(link.is_symlink())
+            self.assertEqual((path.read_text(), victim.read_text()), (content, "kept"))
+        self.assertEqual(sorted(os.listdir(self.folder)), ["figures.json", "link", "victim"])
 
     def test_the_scripts_find_their_module_in_safe_mode(self) -> None:
         # `python -P` leaves a script's folder out of sys.path.
@@ -2612,11 +2573,6 @@ class EvaluationTest(ImagesTestCase):
                    for prediction in figures["classes"]] for label in figures["classes"]]
         self.assertEqual(figures["confusion_matrix"], counts)
         self.assertEqual(figures["top1"], sum(counts[k][k] for k in range(3)) / 9)
-
-        with contextlib.redirect_stderr(io.StringIO()) as others:
-            printed = run(evaluate.main, self.path, "--batch-size", 1, "--json", "-")
-        self.assertEqual(json.loads(printed)["confusion_matrix"], counts)
-        self.assertIn("top-1", others.getvalue())
 
         # Predicting the same images says the same, whatever else there is.
         bad = self.folder / "bad.jpg"
@@ -2725,7 +2681,7 @@ class EvaluationTest(ImagesTestCase):
             self.assertIn("its outputs for 8 val images differ from the network's by", printed)
         program = torch.export.load(self.out / "network.pt2", extra_files=metadata)
         network = resnet18(num_classes=3)
-        network.load_state_dict(load(self.out / "network.pth"))
+        network.load_state_dict(torch.load(self.out / "network.pth"))
         with torch.no_grad():
             for count in (1, 3):
                 for found in (program.module(), network.eval()):
@@ -2775,11 +2731,12 @@ class EvaluationTest(ImagesTestCase):
         image = load_classifier(self.path)[2](Image.open(picture))[None]
         flags = (self.path, "--exit", "layer2.1")
         run(evaluate.main, *flags, "--export", exported)
-        with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        with contextlib.redirect_stderr(io.StringIO()) as others, torch.no_grad():
             assert_close(torch.export.load(exported).module()(image), network(image))
             best = json.loads(run(evaluate.main, *flags, "--workers", 0, "--predict", picture,
                                   "--json", "-"))[0]["classes"][0]
             self.assertAlmostEqual(best["probability"], network(image).softmax(1).max().item(), 4)
+        self.assertIn(f"{picture}: ", others.getvalue())
 
     def test_folded_batch_norms_change_no_output(self) -> None:
         torch.manual_seed(0)
@@ -2810,17 +2767,15 @@ class EvaluationTest(ImagesTestCase):
         self.assertLess(min(faults), 1000)  # of 16,384 pages
 
     def test_bf16_is_taken_where_the_cpu_has_it_and_the_checkpoint_was_not_in_fp32(self) -> None:
-        args = evaluate.parse_args(["best.pt", "--device", "cpu"])
-        for trained, able, expected in (("bf16", True, "bf16"), ("bf16", False, "fp32"),
-                                        ("fp32", True, "fp32"), ("fp16", False, "fp32")):
-            with (self.subTest(trained=trained, able=able),
+        for trained, able, flags, expected in (
+                ("bf16", True, (), "bf16"), ("bf16", False, (), "fp32"), ("fp32", True, (), "fp32"),
+                ("fp16", False, (), "fp32"), ("fp32", False, ("--precision", "bf16"), "bf16")):
+            args = evaluate.parse_args(["best.pt", "--device", "cpu", *flags])
+            with (self.subTest(trained=trained, able=able, flags=flags),
                   mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", return_value=able),
                   mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=False)):
                 machine = evaluate.open_machine(args, {"args": {"precision": trained}})
                 self.assertEqual(machine.precision, expected)
-        args = evaluate.parse_args(["best.pt", "--device", "cpu", "--precision", "bf16"])
-        self.assertEqual(evaluate.open_machine(args, {"args": {"precision": "fp32"}}).precision,
-                         "bf16")
         for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             with evaluate.Machine("cpu", precision).autocast():
                 self.assertEqual(nn.Conv2d(3, 4, 1)(torch.ones(1, 3, 2, 2)).dtype, dtype)
@@ -2836,9 +2791,8 @@ class ReadmeTest(TestCase):
         blocks = re.findall(r"```python\n(.*?)```", self.TEXT, re.DOTALL)
         self.assertEqual(len(blocks), 2)
         for code in blocks:
-            with contextlib.redirect_stdout(io.StringIO()):
-                exec(compile(code, "README.md", "exec"), {})
-        resnet18(num_classes=10).load_state_dict(load("plain_resnet18.pt"))
+            run(lambda _: exec(compile(code, "README.md", "exec"), {}))
+        resnet18(num_classes=10).load_state_dict(torch.load("plain_resnet18.pt"))
 
     def test_the_scripts_know_the_flags_of_every_command(self) -> None:
         parsers = {"train": train.make_parser().parse_args, "evaluate": evaluate.parse_args}
@@ -2880,10 +2834,9 @@ class BadInputTest(ImagesTestCase):
             ((flag, value), f"{flag}: '{value}' is not a .*number between")
             for flag, value in (
                 ("--epochs", 0), ("--epochs", "many"), ("--batch-size", -1), ("--size", 0),
-                ("--batch-size", 10 ** 400),
-                ("--size", 1.5), ("--workers", -1), ("--alpha", 1.1), ("--alpha", "nan"),
-                ("--hint", -1), ("--labels", -0.5), ("--soft", "inf"), ("--lr", "inf"),
-                ("--lr", -0.1), ("--seed", -1), ("--compare", 1))),
+                ("--batch-size", 10 ** 400), ("--size", 1.5), ("--workers", -1), ("--alpha", 1.1),
+                ("--alpha", "nan"), ("--hint", -1), ("--labels", -0.5), ("--soft", "inf"),
+                ("--lr", "inf"), ("--lr", -0.1), ("--seed", -1), ("--compare", 1))),
             (("--device", "cuda:99"), "device 'cuda:99' is not available"),
             *((("--device", name), f"device '{name}' is not available") for name in ("no", "meta")),
             (("--no-distillation", "--alpha", 1), "use a smaller --alpha"),
@@ -3006,28 +2959,17 @@ class BadInputTest(ImagesTestCase):
             call.args[0](*call.args[1:])
         self.assertEqual(worker.exitcode, -signal.SIGKILL)
 
-    def test_a_link_stays_one_to_the_file_written(self) -> None:
-        (self.folder / "link").symlink_to("file")
-        for content in (b"first", b"second"):
-            evaluate.write_file(self.folder / "link", content)
-            self.assertTrue((self.folder / "link").is_symlink())
-            self.assertEqual((self.folder / "file").read_bytes(), content)
-
     @unittest.skipUnless(hasattr(os, "mkfifo"), "pipes and devices are those of POSIX")
     def test_what_is_no_regular_file_is_neither_written_to_nor_replaced(self) -> None:
-        checkpoint = self.write_checkpoint()
         (self.folder / "folder").mkdir()
         (self.folder / "null").symlink_to(os.devnull)
         os.mkfifo(self.folder / "pipe")
         for name in ("folder", "null", "pipe"):
             path = self.folder / name
-            before = path.stat()
+            before = path.stat()[:2]  # mode and inode
             with self.assertRaisesRegex(evaluate.UserError, f"{path}: it is not a regular file"):
                 evaluate.write_file(path, b"figures")
-            self.assert_errors(evaluate.main, ((checkpoint, "--workers", 0, "--json", path),
-                                               f"{path}: it is not a regular file"))
-            self.assertEqual((path.stat().st_mode, path.stat().st_ino),
-                             (before.st_mode, before.st_ino))
+            self.assertEqual(path.stat()[:2], before)
 
     def test_an_out_folder_that_cannot_be_written(self) -> None:
         file = self.folder / "file"
@@ -3049,7 +2991,8 @@ class BadInputTest(ImagesTestCase):
 
     def test_a_failed_start_leaves_everything_as_it_was(self) -> None:
         (self.out / "compare").mkdir(parents=True)
-        for name in ("best.pt", "last.pt", "log.jsonl", "compare.json"):
+        names = ("best.pt", "last.pt", "log.jsonl", "compare.json")
+        for name in names:
             (self.out / name).write_text("earlier")
         before = sorted(self.out.rglob("*"))
         failure = evaluate.UserError("as it must")
@@ -3057,7 +3000,7 @@ class BadInputTest(ImagesTestCase):
             with mock.patch.object(train.Trainer, "step", side_effect=failure):
                 self.assert_errors(train.main, (flags, "error: as it must"))
             self.assertEqual(sorted(self.out.rglob("*")), before)
-            self.assertEqual((self.out / "last.pt").read_text(), "earlier")
+            self.assertEqual({(self.out / name).read_text() for name in names}, {"earlier"})
 
     def test_what_cannot_be_predicted_or_exported(self) -> None:
         checkpoint = self.write_checkpoint(exits={"stage2": nn.Linear(48, 3).state_dict()})
