@@ -194,7 +194,7 @@ class Progress:
     """A line on a terminal, rewritten at most twice a second; silent elsewhere.
 
     Args:
-        what: unit counted.
+        what: text before the count, with the unit.
         total: number of items.
         done: items processed before. Default: 0
         later: items after `total`, for the time left. Default: 0
@@ -233,11 +233,11 @@ class Progress:
             print(text[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
 
-def shorten(names: Iterable, most: int = 10) -> str:
-    """Join the first names of a list, and count the rest."""
+def shorten(names: Iterable) -> str:
+    """Join the first ten of the names, and count the rest."""
     names = list(map(str, names))
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    rest = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + rest
 
 
 # Images
@@ -260,7 +260,7 @@ def reading(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a damaged file can raise nearly anything
-        if getattr(error, "errno", None) == errno.EMFILE:  # too many open files
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # too many open files
             raise
         reason = (getattr(error, "strerror", None) or str(error).replace(f" {path!r}", "")
                   or type(error).__name__)
@@ -279,7 +279,7 @@ def load_image(path: str) -> Tensor:
 
 
 def find_images(folder: str, left_out: Counter, seen: set[str]) -> list[str]:
-    """Find the images in a folder and below, ordered by name, each once wherever links lead.
+    """Find the images in a folder and below, ordered by name, each folder once wherever links lead.
 
     Args:
         folder: to look in.
@@ -321,7 +321,7 @@ class ImageFolder(datasets.ImageFolder):
 
     Args:
         root: the folder that holds a folder for each class.
-        transform: uint8 tensor (3, H, W) -> uint8 tensor (3, H, W).
+        transform: uint8 tensor (3, H, W) -> uint8 tensor (3, H, W); None if no item is taken.
         classes: the names that labels are positions in; the folder may have fewer of them.
             Default: those of the folder, sorted
         allow_empty: let a class have no images. Default: False
@@ -354,7 +354,7 @@ class ImageFolder(datasets.ImageFolder):
         if not folders:
             raise UserError(f"{directory} has no class folders: expected one folder of images "
                             "for each class, in it or in its train/ and val/")
-        classes = self.known_classes or sorted(folders)  # not in the order of either form
+        classes = self.known_classes or sorted(folders)  # by NFC, whatever form the disk has
         labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(classes)}
         unknown = sorted(folders.keys() - labels.keys())
         if unknown:
@@ -362,8 +362,8 @@ class ImageFolder(datasets.ImageFolder):
                             f"{shorten(unknown)}; it knows {shorten(classes)}")
         return classes, {folders[name]: labels[name] for name in sorted(folders)}
 
-    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *unused: object,
-                     allow_empty: bool = False, **others: object) -> list[tuple[str, int]]:
+    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *, allow_empty: bool,
+                     **others: object) -> list[tuple[str, int]]:
         seen = set(map(os.path.realpath, [directory, *class_to_idx]))
         found = {folder: find_images(folder, self.left_out, seen) for folder in class_to_idx}
         empty = [Path(folder).name for folder, paths in found.items() if not paths]
@@ -567,7 +567,7 @@ class Machine:
             tensor = torch.zeros(1, device=device)
             tensor.item()  # "meta" has none
             self.device = tensor.device
-        except (RuntimeError, AssertionError, NotImplementedError, ValueError):
+        except (RuntimeError, AssertionError, ValueError):
             raise UserError(f"device {device!r} is not available here; --device auto takes what "
                             "is") from None
         self.on_cuda = self.device.type == "cuda"
@@ -648,7 +648,7 @@ def leave_signals_to_main(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # to end by, in seconds
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # ends it in 30 s
 
 
 def kill_workers() -> None:
@@ -722,8 +722,9 @@ def best_classes(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.softmax(dim=1).topk(min(5, logits.shape[1]))
 
 
-def wilson_interval(rights: int, count: int, z: float = 1.959964) -> list[float]:
+def wilson_interval(rights: int, count: int) -> list[float]:
     """Wilson's 95 % score interval of a proportion."""
+    z = 1.959964  # the 0.975 quantile of the normal distribution
     centre = rights + z ** 2 / 2
     spread = z * math.sqrt(rights * (count - rights) / count + z ** 2 / 4)
     return [(centre - spread) / (count + z ** 2), (centre + spread) / (count + z ** 2)]

@@ -65,7 +65,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if (turn := turn_of(image)) is not None:
         image = image.transpose(turn)
-        image.info = {}  # which says how it lay
+        image.info = {}  # whose orientation would turn it again
     if image.mode.startswith("I"):
         image = image.convert("I")
         least, greatest = image.getextrema()
@@ -221,6 +221,7 @@ class HookedModel(nn.Module):
 
         Raises:
             ValueError: a layer gives neither maps nor tokens.
+            RuntimeError: as in forward.
         """
         _, students, teacher = dry_run(self, size)
         channels = []
@@ -276,7 +277,7 @@ def _did_you_mean(name: str, known: list[str]) -> str:
 
 @torch.no_grad()
 def dry_run(network: nn.Module, size: int = 224) -> object:
-    """Forward two black images of `size` pixels through a copy of the network, in eval mode."""
+    """Forward two images of zeros, `size` pixels square, through a copy in eval mode."""
     network = copy.deepcopy(network).eval()
     return network(next(network.parameters()).new_zeros(2, 3, size, size))
 
@@ -400,7 +401,8 @@ def hooked_classifier(arch: str, num_classes: int, weights: str | os.PathLike = 
         published = {1: "layer2.1", 2: ("layer2.1", "layer3.1")}
         found = ((published[students], "layer4.1") if arch == "resnet18" and students in published
                  else find_layers(model, students=students))
-        student_layer, teacher_layer = student_layer or found[0], teacher_layer or found[1]
+        student_layer = found[0] if student_layer is None else student_layer
+        teacher_layer = found[1] if teacher_layer is None else teacher_layer
     return HookedModel(model, student_layer, teacher_layer)
 
 

@@ -454,6 +454,10 @@ class WeightsTest(TestCase):
         for students, layers in ((1, ("layer2.1",)), (2, ("layer2.1", "layer3.1"))):
             hooked = hooked_classifier("resnet18", 10, "none", students=students)
             self.assertEqual(hooked.layer_names, (*layers, "layer4.1"))
+        for student, teacher, message in (([], None, "must name different layers, got \\[\\]"),
+                                          (None, "", "no layer ''")):
+            with self.assertRaisesRegex(ValueError, message):
+                hooked_classifier("resnet18", 10, "none", student, teacher)
 
     def test_imagenet_weights_get_a_new_classifier(self) -> None:
         checkpoints = self.folder / "hub" / "checkpoints"
@@ -976,7 +980,10 @@ class CheckTest(TestCase):
             "problem: 1 images in more than one class",
             "  val/circle/0.png = val/square/circle.png",
             "problems found: 6"])
-        self.assertIn("note: 1 unreadable images in val/", self.check("--skip-unreadable", code=1))
+        (self.folder / "classes.txt").write_text("empty, of train/ alone")
+        lines = self.check("--skip-unreadable", code=1)
+        self.assertIn("note: 1 unreadable images in val/", lines)
+        self.assertNotIn("classes.txt", " ".join(lines))
 
     def test_a_class_that_cannot_be_split_is_told(self) -> None:
         for name, count in (("a", 1), ("b", 2)):
@@ -2014,7 +2021,8 @@ class ResumeTest(ImagesTestCase):
         self.assertEqual(self.last()["args"], before | {"workers": 1})
         self.assert_errors(train.main, (
             ("--resume", "--no-distillation"),
-            "error: --no-distillation contradicts the run to resume, which has --distillation"), *(
+            "error: --no-distillation contradicts the run to resume, which has --distillation"),
+            (("--resume", "--seed", 5, "--alpha", 0.5), "error: --alpha 0.5 contradicts"), *(
             (("--resume", flag, value),
              f"{flag} {value} contradicts the run to resume, which has ({flag} )?{saved}")
             for flag, value, saved in (
@@ -2933,8 +2941,9 @@ class BadInputTest(ImagesTestCase):
                                (RuntimeError("received 0 items of ancdata"), "too many open files"),
                                (RuntimeError("No working C++ compiler found"), "--compile needs")):
             self.assert_errors(mock.Mock(side_effect=error), ((), message))
-        with mock.patch.object(Image, "open", side_effect=OSError(24, "Too many open files")):
-            self.assert_errors(lambda _: evaluate.load_image("a.jpg"), ((), "too many open files"))
+        for error in OSError(24, "Too many open files"), OSError(23, "Too many open files in the"):
+            with mock.patch.object(Image, "open", side_effect=error):
+                self.assert_errors(lambda _: evaluate.load_image("a"), ((), "too many open files"))
         for full in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0"),
                      RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: "
                                   "can't allocate memory: you tried to allocate 9 bytes"),

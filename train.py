@@ -69,7 +69,7 @@ from selfdistill import (IMAGENET_MEAN, IMAGENET_STD, HookedModel, SelfDistillat
 # Default values of the flags, except those that the recipe or the data decide.
 DEFAULTS = dict(
     data=None, out=".", resume=None, save_every=10.0, compare=None,
-    compare_arms=None, report=False, check=False, skip_unreadable=False,
+    compare_arms=None, report=False, skip_unreadable=False,
     recipe="tuned", epochs=5, distillation=True, seed=0, arch="resnet18", student_layer=None,
     teacher_layer=None, val_split=None, workers=None, device="auto", precision="auto",
     compile=False)
@@ -98,7 +98,7 @@ RECIPE_FLAGS = ("alpha", "hint", "labels", "soft", "batch_size")
 # What a resumed run may change; --epochs only as `refuse_contradictions` allows.
 CHANGEABLE = ("data", "out", "resume", "save_every", "compare", "compare_arms", "report", "check",
               "skip_unreadable", "epochs", "workers", "device", "compile")
-NOT_SAVED = ("out", "resume", "compare", "check")  # in a checkpoint's args
+NOT_SAVED = ("out", "resume", "compare")  # in a checkpoint's args
 # In fine-tuning, by the val accuracy a of epoch 0: the peak rate is LR_PER_ERROR (1 - a), and the
 # share of the given weights in the final average GIVEN_SHARE a ** GIVEN_POWER.
 LR_PER_ERROR = 0.025
@@ -167,8 +167,8 @@ def store_of_attempt() -> dict:
     """A store for init_process_group that is new at every restart by torchrun.
 
     torchrun keeps one store for all attempts, so that connecting anew can find the addresses of
-    processes that have ended (pytorch/pytorch issue 135712). Machines may count attempts
-    differently; several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment.
+    processes that have ended (pytorch/pytorch issue 135712). On several machines, which may count
+    attempts differently, torchrun's environment needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
     """
     environ = os.environ
     if (environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -426,7 +426,8 @@ class Trainer:
     def fit(self) -> int:
         """Train for the epochs that are left. Returns the signal that stopped it, or 0."""
         with self.signals:
-            self.save()  # to see at once whether it can; nothing is learned yet
+            self.save()  # to see at once whether it can
+            # Nothing is learned yet: without these, a start that fails puts the earlier files back.
             for name in () if self.resumed or rank() > 0 else ("last.pt", "log.jsonl"):
                 Path(self.args.out, name).unlink()
             if self.average and self.start_acc < 0:
@@ -691,7 +692,7 @@ class Trainer:
         broadcast(first)  # as machines may round differently
 
     def sample_loader(self, count: int) -> DataLoader:
-        """Load `count` random train images as in validation; each process gets its share."""
+        """Make a loader of `count` random train images, in each process of its share."""
         generator = torch.Generator().manual_seed(self.args.seed)
         chosen = torch.randperm(len(self.train_set), generator=generator)[:count].tolist()
         return self.machine.loader(Subset(self.train_set, chosen[rank()::world_size()]),
@@ -864,7 +865,7 @@ class Trainer:
         """
         recipe, steps = self.recipe, self.args.epochs * len(self.sampler)
         classifiers = {self.head, *self.criterion.classifiers}
-        mixing = {layer.weight for layer in self.distiller.modules()  # all of their inputs
+        mixing = {layer.weight for layer in self.distiller.modules()  # of all channels
                   if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer not in classifiers
                   and getattr(layer, "groups", 1) == 1}
         hidden, matrices, others = [], [], []
@@ -1004,8 +1005,9 @@ def fit_adapter(adapter: nn.Conv2d, inputs: Tensor, targets: Tensor) -> None:
 class Signals:
     """Records what signals ask for: SIGINT (Ctrl-C), SIGTERM and SIGHUP to stop, SIGUSR1 to save.
 
-    `stop` is the number of the first signal to stop by, or 0. A second SIGINT stops at once. SIGHUP
-    stays ignored under nohup.
+    `stop` is the number of the first signal to stop by, or 0. A second SIGINT stops at once. What
+    is ignored from the start, as SIGHUP is under nohup, stays so; not SIGINT, which shells ignore
+    in jobs in the background.
     """
 
     def __init__(self) -> None:
@@ -1145,7 +1147,7 @@ def run_training(trainer: Trainer, checkpoint: dict | None) -> int:
     print(f"time       {Progress.duration(time.monotonic() - trainer.began)}"
           + f", GPU memory at most {memory / 2 ** 30:.2f} GiB" * machine.on_cuda)
     best, last = (Path(args.out, name) for name in ("best.pt", "last.pt"))
-    # A run that had ended writes neither anew.
+    # A run that had ended writes no report anew, and best.pt only if its last epoch is the best.
     has_best, has_report = best.exists(), args.report and Path(args.out, "report.html").exists()
     print(f"wrote      in {args.out}: {'best.pt (the best epoch, for use), ' * has_best}last.pt "
           f"(to resume), log.jsonl (figures){', report.html' * has_report}")
@@ -1310,7 +1312,8 @@ def check(args: argparse.Namespace) -> int:
         (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
             error for error in found if isinstance(error, str)]
     try:
-        read_names(folder if len(classes) == 1 else folder.parent, images.classes)
+        read_names(folder if len(classes) == 1 else folder.parent,
+                   sorted(set.union(*classes.values())))
     except UserError as error:
         problems["unusable file"] = [str(error)]
     problems["classes that only one of train/ and val/ has"] = sorted(
@@ -1559,7 +1562,7 @@ def read_resumed(given: dict) -> dict | None:
 
 def refuse_contradictions(given: dict, saved: dict) -> None:
     """Refuse flags that contradict the run to resume; print what a higher --epochs changes."""
-    for name in given.keys() - set(CHANGEABLE):
+    for name in sorted(given.keys() - set(CHANGEABLE)):
         if given[name] != saved.get(name) and (name, given[name]) != ("precision", "auto"):
             asked, had = (" ".join(as_flags({name: values.get(name)})).replace("=", " ", 1)
                           for values in (given, saved))
