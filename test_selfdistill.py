@@ -1644,9 +1644,7 @@ class TrainingTest(ImagesTestCase):
                            (("--size", 63), "batch norm at 63 pixels"))
         self.data = self.shared / "images"
         with mock.patch.object(train, "world_size", return_value=2):
-            self.assert_errors(train.main, (("--batch-size", 2), "leaves a process 1 images, too"),
-                               (("--batch-size", 9), "--batch-size 9 cannot be split evenly among "
-                                                     "2 processes: use a multiple of 2"))
+            self.assert_errors(train.main, (("--batch-size", 2), "leaves a process 1 images, too"))
 
     def test_without_data_it_trains_on_the_shapes(self) -> None:
         self.enter_folder()
@@ -2092,6 +2090,10 @@ class ResumeTest(ImagesTestCase):
         (self.out / "report.html").touch()
         self.train()  # which writes no report, and still keeps the earlier one
         self.assertTrue((self.out / "report.1.html").exists())
+        before = self.left_by("out")
+        with mock.patch.object(train.Trainer, "validate", side_effect=evaluate.UserError("no")):
+            self.assert_errors(train.main, (("--weights", self.out / "best.pt"), "error: no"))
+        self.assertEqual(self.left_by("out"), before)  # as the new run has written nothing
         printed = self.train("--weights", self.out / "best.pt", "--lr", 0)
         self.assertRegex(printed, r"kept the earlier .*best\.pt")
         self.assertRegex(printed, "epoch 0 .*; peak lr 0\n")
@@ -2208,12 +2210,16 @@ class ProcessesTest(ImagesTestCase):
     def test_a_mistake_ends_all_processes_with_its_own_error(self) -> None:
         self.data = write_images(self.folder / "images")
         (self.data / "train" / "star" / "3.png").write_bytes(b"not an image")
-        processes = self.start_group(2, "out", "--workers", 1)
-        self.finish(processes, code=1)
-        errors = sorted(process.printed().splitlines()[-1] for process in processes)
-        for error, message in zip(errors, ("cannot read the image .*3.png",
-                                           "cannot reach the others")):
-            self.assertRegex(error, f"train.py: error: .*{message}")
+        for flags, *messages in (
+                (("--batch-size", 9), *["--batch-size 9 cannot be split evenly among 2 processes: "
+                                        "use a multiple of 2"] * 2),
+                (("--workers", 1), "cannot read the image .*3.png", "cannot reach the others")):
+            with self.subTest(flags):
+                processes = self.start_group(2, "out", *flags)
+                self.finish(processes, code=1)
+                errors = sorted(process.printed().splitlines()[-1] for process in processes)
+                for error, message in zip(errors, messages):
+                    self.assertRegex(error, f"train.py: error: .*{message}")
 
     @unittest.skipUnless("KILLS" in os.environ, "slow: only with KILLS, as in .ci/run")
     @unittest.skipUnless(Path("/proc/self/task").exists(), "it finds the processes in /proc")
@@ -2581,6 +2587,11 @@ class EvaluationTest(ImagesTestCase):
                    for prediction in figures["classes"]] for label in figures["classes"]]
         self.assertEqual(figures["confusion_matrix"], counts)
         self.assertEqual(figures["top1"], sum(counts[k][k] for k in range(3)) / 9)
+
+        with contextlib.redirect_stderr(io.StringIO()) as others:
+            printed = run(evaluate.main, self.path, "--batch-size", 1, "--json", "-")
+        self.assertEqual(json.loads(printed)["confusion_matrix"], counts)
+        self.assertIn("top-1", others.getvalue())
 
         # Predicting the same images says the same, whatever else there is.
         bad = self.folder / "bad.jpg"
@@ -2970,6 +2981,7 @@ class BadInputTest(ImagesTestCase):
 
     @unittest.skipUnless(hasattr(os, "mkfifo"), "pipes and devices are those of POSIX")
     def test_what_is_no_regular_file_is_neither_written_to_nor_replaced(self) -> None:
+        checkpoint = self.write_checkpoint()
         (self.folder / "folder").mkdir()
         (self.folder / "null").symlink_to(os.devnull)
         os.mkfifo(self.folder / "pipe")
@@ -2978,6 +2990,8 @@ class BadInputTest(ImagesTestCase):
             before = path.stat()[:2]  # mode and inode
             with self.assertRaisesRegex(evaluate.UserError, f"{path}: it is not a regular file"):
                 evaluate.write_file(path, b"figures")
+            self.assert_errors(evaluate.main, ((checkpoint, "--workers", 0, "--json", path),
+                                               f"{path}: it is not a regular file"))
             self.assertEqual(path.stat()[:2], before)
 
     def test_an_out_folder_that_cannot_be_written(self) -> None:

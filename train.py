@@ -1311,13 +1311,13 @@ def check(args: argparse.Namespace) -> int:
             classes[split] - {name for _, name, _ in readable})
         (notes if args.skip_unreadable else problems)[f"unreadable images in {split}/"] = [
             error for error in found if isinstance(error, str)]
+    in_any = set.union(*classes.values())
     try:
-        read_names(folder if len(classes) == 1 else folder.parent,
-                   sorted(set.union(*classes.values())))
+        read_names(folder if len(classes) == 1 else folder.parent, sorted(in_any))
     except UserError as error:
         problems["unusable file"] = [str(error)]
     problems["classes that only one of train/ and val/ has"] = sorted(
-        set.union(*classes.values()) - set.intersection(*classes.values()))
+        in_any - set.intersection(*classes.values()))
     if len(classes) == 1:
         different = Counter(name for name, _ in {(name, digest) for digest, group in copies.items()
                                                  for _, name, _ in group})
